@@ -1,0 +1,374 @@
+"""A torch callable as flat tensors in, flat tensors out.
+
+`TorchFunction` holds the callable and binds it to the specs of a call; `BoundFunction` is the program that
+comes out, the root of everything that `_transforms.py` derives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from pytorch2jax._dtypes import dtype_j2t, is_inexact, narrowed
+from pytorch2jax._errors import LeafTypeError, OutputMismatchError
+from pytorch2jax._inference import (
+    Inferred,
+    Spec,
+    TensorSpec,
+    as_output_tensor,
+    check_static_outputs,
+    declared,
+    infer,
+    is_output_leaf,
+    run_without_graph,
+)
+from pytorch2jax._program import Program, RootProgram, Style, Tensors
+from pytorch2jax._rng import seeded
+from pytorch2jax._torch_state import capture_torch_state
+from pytorch2jax._transfer import as_array, j2t, torch_device
+from pytorch2jax._trees import flatten_output, is_static, path_string, static_key
+
+SEED_SPEC_DTYPE = np.dtype("uint32")
+
+
+class TorchCallable(Protocol):
+    """What a `TorchFunction` runs."""
+
+    def __call__(
+        self, own: list[torch.Tensor], variant: Hashable, args: Any, kwargs: Any
+    ) -> tuple[Any, list[torch.Tensor]]:
+        """Run torch.
+
+        Args:
+            own: the tensors that are not arguments: parameters and buffers.
+            variant: a static choice, such as the train flag.
+            args, kwargs: the arguments, with tensors for arrays.
+
+        Returns:
+            What the user's function returned, and the values of `own` afterwards.
+        """
+
+    def exclusive(self) -> contextlib.AbstractContextManager[None]:
+        """Keeps other threads out for as long as one evaluation, with its derivatives, takes."""
+
+
+class OwnTensor(NamedTuple):
+    """A parameter or buffer that a function gets besides its arguments.
+
+    path: its address, for messages.
+    dtype: torch's dtype, which it gets back where JAX had to narrow it.
+    value: its value where it was converted, or None when that is gone; for inference on real tensors.
+    """
+
+    path: str
+    dtype: torch.dtype
+    value: Callable[[], jax.Array | None]
+
+
+class Arguments(NamedTuple):
+    """The arguments of one call, taken apart."""
+
+    treedef: Any
+    leaves: tuple[Any, ...]  # static values, and None in the place of arrays
+    positions: tuple[int, ...]  # where the arrays were
+    arrays: list[Any]
+    paths: list[str]
+
+    def key(self) -> Hashable:
+        return (self.treedef, self.positions, tuple(map(static_key, self.leaves)))
+
+
+class TorchFunction:
+    """A torch callable, and the programs that it was bound to, one for each kind of call.
+
+    Args:
+        name: for messages.
+        call: what runs.
+        identity: equal for functions that do the same; JAX's caches go by it.
+        own: the tensors that `call` gets besides its arguments.
+        widen_ints: while `jax_enable_x64` is off, hand int32 arrays to torch as int64, its index type.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        call: TorchCallable,
+        *,
+        identity: Hashable,
+        own: Sequence[OwnTensor] = (),
+        widen_ints: bool = True,
+    ) -> None:
+        self.name = name
+        self.call = call
+        self.identity = (identity, widen_ints)
+        self.own = tuple(own)
+        self.widen_ints = widen_ints
+        self.examples: list[Any] = []  # arguments to try the function on where it has to run for inference
+        self.example_specs: tuple[Spec, ...] | None = None
+        self._bound: dict[Hashable, BoundFunction] = {}
+        self._lock = threading.Lock()
+
+    def bind(
+        self,
+        own: Sequence[Any],
+        arguments: Arguments,
+        *,
+        variant: Hashable = None,
+        output_shapes: Any = None,
+        output_key: Hashable = None,
+        seed_size: int | None = None,
+        key_given: bool = False,
+    ) -> BoundFunction:
+        """The program for arguments like these.
+
+        Args:
+            own: arrays for the function's own tensors.
+            arguments: the call's arguments.
+            variant: passed on to the callable.
+            output_shapes: what the user declared, or None to infer it.
+            output_key: a hashable key for `output_shapes`.
+            seed_size: the length of the seed that comes as the program's first input, if one does.
+            key_given: whether the seed is a JAX key's, which a batch shares where it is not batched itself.
+        """
+        specs = tuple(spec_of(x) for x in (*own, *arguments.arrays))
+        x64 = bool(jax.config.jax_enable_x64)
+        state = capture_torch_state()
+        device = _device(*own, *arguments.arrays)
+        key = (arguments.key(), specs, variant, output_key, seed_size, key_given, x64, state, device)
+        try:
+            return self._bound[key]
+        except KeyError:
+            pass
+        with self._lock:
+            if key not in self._bound:
+                self._bound[key] = BoundFunction(
+                    self, own, arguments, specs, variant, output_shapes, seed_size, key_given, state, device, key
+                )
+            return self._bound[key]
+
+
+class BoundFunction(RootProgram):
+    """A torch function at fixed input specs, static values, train flag and ambient torch state."""
+
+    def __init__(
+        self,
+        function: TorchFunction,
+        own: Sequence[Any],
+        arguments: Arguments,
+        specs: tuple[Spec, ...],
+        variant: Hashable,
+        output_shapes: Any,
+        seed_size: int | None,
+        key_given: bool,
+        state: Any,
+        device: torch.device,
+        key: Hashable,
+    ) -> None:
+        super().__init__((function.identity, key))
+        self.function = function
+        self.name = function.name
+        # A loop with one key draws the same numbers each time; one over torch's generator, other ones.
+        self.vmap_randomness = "same" if key_given else "different"
+        self.state = state
+        self._arguments = arguments._replace(arrays=[])
+        self._variant = variant
+        self._n_own = len(own)
+        self._seeded = seed_size is not None
+        self._set_dtypes(specs, [*(t.path for t in function.own), *arguments.paths])
+        with self.session():
+            self.inferred = self._infer([*own, *arguments.arrays], output_shapes, device)
+        self._out_dtypes = tuple(dtype_j2t(spec.dtype) for spec in self.inferred.specs)
+        self._needs_grad = self.inferred.needs_grad
+        seed = (Spec((seed_size,), SEED_SPEC_DTYPE),) if seed_size is not None else ()
+        self.in_specs = seed + specs
+        self.out_specs = self.inferred.specs
+
+    def _set_dtypes(self, specs: tuple[Spec, ...], paths: list[str]) -> None:
+        """Which torch dtype each input has, and which inputs have to be converted to it."""
+        dtypes = []
+        for index, spec in enumerate(specs):
+            dtype = dtype_j2t(spec.dtype)
+            if index < self._n_own:
+                wide = self.function.own[index].dtype
+            else:
+                wide = torch.int64 if self.function.widen_ints and dtype == torch.int32 else dtype
+            dtypes.append(wide if narrowed(wide) == dtype else dtype)
+        self._tensor_specs = [
+            TensorSpec(spec.shape, dtype, path)
+            for spec, dtype, path in zip(specs, dtypes, paths, strict=True)
+        ]
+        self._widened = [
+            (i, dtype) for i, (dtype, s) in enumerate(zip(dtypes, specs, strict=True)) if dtype != dtype_j2t(s.dtype)
+        ]
+
+    def _infer(self, arrays: list[Any], output_shapes: Any, device: torch.device) -> Inferred:
+        if output_shapes is not None:
+            return declared(self.name, output_shapes, len(arrays))
+
+        def values() -> list[torch.Tensor]:
+            known: list[Any] = [t.value() for t in self.function.own]
+            if tuple(map(spec_of, arrays[self._n_own :])) == self.function.example_specs:
+                known += self.function.examples
+            known += [None] * (len(arrays) - len(known))
+            return [
+                _concrete(array, default, spec, device)
+                for array, default, spec in zip(arrays, known, self._tensor_specs, strict=True)
+            ]
+
+        return infer(self.name, self._call, self._tensor_specs, values, device)
+
+    # -- Program ---------------------------------------------------------------------------------------
+
+    @property
+    def root(self) -> BoundFunction:
+        return self
+
+    def chain(self) -> Iterable[Program]:
+        return (self,)
+
+    def describe(self) -> str:
+        return self.name
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        with self.function.call.exclusive(), self.state.applied():
+            yield
+
+    def run(self, tensors: Sequence[torch.Tensor], style: Style, functional: bool) -> Tensors:
+        inputs = list(tensors)
+        seed = seeded(inputs.pop(0)) if self._seeded else contextlib.nullcontext()
+        for index, dtype in self._widened:
+            inputs[index] = inputs[index].to(dtype)
+        for index in self.inferred.written:  # XLA's buffers are read only
+            inputs[index] = inputs[index].clone()
+        with seed:
+            return self._outputs(*self._call_recording(inputs))
+
+    def _call_recording(self, inputs: list[torch.Tensor]) -> tuple[Any, list[torch.Tensor]]:
+        """Call with a graph where somebody asks for one, be it the function itself."""
+        if torch.is_grad_enabled() or self._needs_grad is False:
+            return self._call(inputs)
+        if self._needs_grad is None:
+            result, self._needs_grad = run_without_graph(self._call, inputs)
+            return result
+        with torch.enable_grad():
+            return self._call(inputs)
+
+    def _call(self, inputs: list[torch.Tensor]) -> tuple[Any, list[torch.Tensor]]:
+        leaves = list(self._arguments.leaves)
+        for position, tensor in zip(self._arguments.positions, inputs[self._n_own :], strict=True):
+            leaves[position] = tensor
+        args, kwargs = self._arguments.treedef.unflatten(leaves)
+        return self.function.call(inputs[: self._n_own], self._variant, args, kwargs)
+
+    def _outputs(self, out: Any, after: list[torch.Tensor]) -> Tensors:
+        if isinstance(out, torch.Tensor) and self.inferred.tree.kind == "leaf":
+            leaves = [out]
+        else:
+            leaves, tree = flatten_output(out, is_output_leaf)
+            self._check_structure(tree)
+        leaves += [after[i] for i in self.inferred.changed]
+        return tuple(map(self._output, leaves, self.inferred.outputs, self._out_dtypes))
+
+    def _check_structure(self, tree: Any) -> None:
+        if tree != self.inferred.tree:
+            check_static_outputs(self.name, tree)
+            raise OutputMismatchError(
+                f"{self.name}: expected an output of structure {self.inferred.tree.describe()}, got "
+                f"{tree.describe()}. A function that JAX runs must return the same structure and the same "
+                "constants for inputs of the same shapes and dtypes."
+            )
+
+    def _output(self, value: Any, expected: TensorSpec, dtype: torch.dtype) -> torch.Tensor:
+        tensor = as_output_tensor(self.name, expected.path, value)
+        if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
+            raise OutputMismatchError(
+                f"{self.name}: {expected.path}: expected {expected.dtype}{list(expected.shape)}, as declared or "
+                f"inferred, got {tensor.dtype}{list(tensor.shape)}. Declare what it returns with "
+                "`output_shapes`; a shape that depends on values cannot be used under JAX."
+            )
+        if tensor.dtype != dtype and (tensor.is_floating_point() or tensor.is_complex()):
+            return tensor.to(dtype)
+        return tensor
+
+    # -- for the callers of the primitive ------------------------------------------------------------------
+
+    def rebuild(self, outputs: Sequence[Any]) -> tuple[Any, dict[int, Any]]:
+        """The user's output containers around flat outputs, and the new values of changed own inputs."""
+        n_changed = len(self.inferred.changed)
+        n_out = len(outputs) - n_changed
+        changed = dict(zip(self.inferred.changed, outputs[n_out:], strict=True))
+        return self.inferred.tree.unflatten(outputs[:n_out]), changed
+
+
+def take_apart(call: str, args: Any, kwargs: Any) -> Arguments:
+    """Split the arguments of a call into arrays and static values.
+
+    Raises:
+        LeafTypeError: a leaf is neither an array nor a hashable Python value.
+    """
+    with_paths, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs))
+    leaves: list[Any] = []
+    positions, arrays, paths = [], [], []
+    for index, (path, leaf) in enumerate(with_paths):
+        if is_static(leaf):
+            leaves.append(_static(call, path, leaf))
+            continue
+        leaves.append(None)
+        positions.append(index)
+        paths.append(_argument_path(path))
+        arrays.append(as_array(call, paths[-1], leaf))
+    return Arguments(treedef, tuple(leaves), tuple(positions), arrays, paths)
+
+
+def _argument_path(path: Sequence[Any]) -> str:
+    return f"{'kwargs' if path[0].idx else 'args'}.{path_string(path[1:])}"
+
+
+def _static(call: str, path: Sequence[Any], value: Any) -> Any:
+    if isinstance(value, np.dtype) or (isinstance(value, type) and hasattr(value, "dtype")):
+        return dtype_j2t(value)
+    try:
+        hash(value)
+    except TypeError:
+        raise LeafTypeError(
+            f"{call}: {_argument_path(path)}: expected an array or a hashable Python value, got "
+            f"{type(value).__name__}. Pass arrays, numbers, strings, None, dtypes, or pytrees of them."
+        ) from None
+    return value
+
+
+def spec_of(array: Any) -> Spec:
+    """Shape and dtype of an array or tracer."""
+    return Spec(tuple(array.shape), array.dtype)
+
+
+def _device(*arrays: Any) -> torch.device:
+    for array in arrays:
+        if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
+            return torch_device(array)
+    return torch.device("cpu" if jax.default_backend() == "cpu" else "cuda")
+
+
+def _concrete(array: Any, default: Any, spec: TensorSpec, device: torch.device) -> torch.Tensor:
+    """A tensor to try a function on: the argument itself, the value as converted, or a made-up one."""
+    for candidate in (array, default):
+        if isinstance(candidate, jax.Array) and not isinstance(candidate, jax.core.Tracer):
+            if not candidate.is_deleted():
+                return j2t(candidate, copy=True).to(spec.dtype)
+    if spec.dtype == torch.bool:
+        return torch.ones(spec.shape, dtype=torch.bool, device=device)
+    if not (spec.dtype.is_floating_point or spec.dtype.is_complex):
+        return torch.zeros(spec.shape, dtype=spec.dtype, device=device)
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(spec.shape, generator=generator).to(device=device, dtype=spec.dtype)
+
+
+__all__ = ["Arguments", "BoundFunction", "OwnTensor", "TorchCallable", "TorchFunction", "take_apart"]

@@ -1,0 +1,69 @@
+"""The one place that knows private or version-dependent names of jax and torch.
+
+Everything else in the package imports only documented names of the two frameworks. Tested with
+jax 0.10.2 and torch 2.13.0; written for jax 0.11 and torch 2.11 as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.extend.core
+import torch
+import torch.utils._pytree as torch_pytree
+from jax.experimental.buffer_callback import ExecutionContext, buffer_callback
+from jax.interpreters import ad, batching, mlir
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = [
+    "ExecutionContext",
+    "Primitive",
+    "ShapedArray",
+    "TorchDispatchMode",
+    "ad",
+    "batching",
+    "buffer_callback",
+    "fake_tensor_mode",
+    "flatten_torch_node",
+    "is_torch_node",
+    "mlir",
+    "tensor_from_capsule",
+    "torch_pytree",
+    "unflatten_torch_node",
+]
+
+Primitive = jax.extend.core.Primitive
+ShapedArray = jax.core.ShapedArray
+
+# `torch.from_dlpack` spends half of its time on negotiating streams and copies, which a capsule that XLA
+# has just made for this very call does not need.
+tensor_from_capsule: Callable[[Any], torch.Tensor] = torch._C._from_dlpack
+
+
+def fake_tensor_mode() -> Any:
+    """A context in which torch operations compute shapes and dtypes only."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # 40 ms to import: only when it is needed
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def is_torch_node(value: Any) -> bool:
+    """Whether `value` is an inner node of a torch pytree."""
+    return torch_pytree._get_node_type(value) in torch_pytree.SUPPORTED_NODES
+
+
+def flatten_torch_node(value: Any) -> tuple[list[Any], Any]:
+    """The children of one torch pytree node, and the context that rebuilds it."""
+    return torch_pytree.SUPPORTED_NODES[torch_pytree._get_node_type(value)].flatten_fn(value)
+
+
+def unflatten_torch_node(node_type: Any, children: list[Any], context: Any) -> Any:
+    """The inverse of `flatten_torch_node`; `node_type` is the type of the value that was flattened."""
+    return torch_pytree.SUPPORTED_NODES[node_type].unflatten_fn(children, context)
+
+
+def torch_node_type(value: Any) -> Any:
+    """The key under which torch's pytree registry knows `value`."""
+    return torch_pytree._get_node_type(value)

@@ -1,0 +1,192 @@
+"""Programs: what the primitive runs, as flat tensors in and flat tensors out.
+
+A program is a torch function bound to input specs (`_function.BoundFunction`), or a derivative or batched
+version of another program (`_transforms`). Programs are hashable and comparable, because JAX keys its caches
+by them, and each keeps the programs derived from it, so that equal derivations are the same object.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+
+from pytorch2jax._errors import LoopWarning, UnsupportedTransformError
+from pytorch2jax._inference import Spec
+from pytorch2jax._torch_state import TorchState, differentiable_kernels
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+class Style(NamedTuple):
+    """One way of evaluating a program; `Program.styles` lists those to try, fastest first.
+
+    forward_mode: `True`: `torch.func.jvp`. `False`: the vjp of the vjp, for operators that have no
+        forward-mode rule.
+    vmap: `True`: `torch.vmap`. `False`: a loop.
+    fused: `True`: torch's kernels as they come. `False`: `differentiable_kernels`.
+    """
+
+    forward_mode: bool = True
+    vmap: bool = True
+    fused: bool = True
+
+
+_LADDER = (
+    Style(),
+    Style(fused=False),
+    Style(fused=False, forward_mode=False),
+    Style(vmap=False),
+    Style(vmap=False, fused=False),
+    Style(vmap=False, fused=False, forward_mode=False),
+)
+
+_Derived = TypeVar("_Derived", bound="Program")
+
+
+class Program(abc.ABC):
+    """Flat tensors in, flat tensors out, with specs that JAX knows before anything runs.
+
+    in_specs, out_specs: shapes and dtypes as JAX sees them.
+    n_linear: the program is linear in this many of its last inputs.
+    """
+
+    in_specs: tuple[Spec, ...]
+    out_specs: tuple[Spec, ...]
+    n_linear: int = 0
+
+    differentiates: ClassVar[bool] = False  # is itself a derivative
+    forward_mode: ClassVar[bool] = False
+    batches: ClassVar[bool] = False
+
+    def __init__(self, key: tuple[Any, ...]) -> None:
+        self._key = key
+        self._hash = hash((type(self), key))
+        self._derived: dict[tuple[Any, ...], Program] = {}
+        self._style = 0
+        self.compiled: Callable[..., Any] | None = None  # for calls outside of jit; set by `_primitive`
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (type(self) is type(other) and self._key == other._key)  # type: ignore[attr-defined]
+
+    @property
+    @abc.abstractmethod
+    def root(self) -> RootProgram:
+        """The bound torch function that everything here comes from."""
+
+    @abc.abstractmethod
+    def chain(self) -> Iterable[Program]:
+        """This program, the one that it is derived from, and so on down to the root."""
+
+    @abc.abstractmethod
+    def run(self, tensors: Sequence[torch.Tensor], style: Style, functional: bool) -> Tensors:
+        """Evaluate in one style; `functional` says that a torch.func transform is at work around this."""
+
+    def derive(self, cls: type[_Derived], *arguments: Any) -> _Derived:
+        """The program `cls(self, *arguments)`, the same object for equal arguments."""
+        key = (cls, *arguments)
+        try:
+            return self._derived[key]  # type: ignore[return-value]
+        except KeyError:
+            return self._derived.setdefault(key, cls(self, *arguments))  # type: ignore[return-value, call-arg]
+
+    def __repr__(self) -> str:
+        return self.describe()
+
+    @abc.abstractmethod
+    def describe(self) -> str:
+        """The program as a formula, for messages: `vmap(vjp(Linear))`."""
+
+    # -- execution ------------------------------------------------------------------------------------
+
+    def execute(self, tensors: Sequence[torch.Tensor]) -> Tensors:
+        """Evaluate, in the first style that torch supports; which one that is, is remembered."""
+        with self.root.session(), torch.no_grad():
+            styles = self._styles()
+            failures: list[Exception] = []
+            for index in range(self._style, len(styles)):
+                try:
+                    result = self._run_in(tensors, styles[index])
+                except Exception as error:
+                    failures.append(error)
+                    continue
+                if failures:
+                    self._style = index
+                    self._tell_about_loop(styles[index], failures[0])
+                return result
+            raise self._failure(failures)
+
+    def _run_in(self, tensors: Sequence[torch.Tensor], style: Style) -> Tensors:
+        kernels = contextlib.nullcontext() if style.fused else differentiable_kernels()
+        with kernels:
+            return self.run(tensors, style, functional=False)
+
+    def _styles(self) -> list[Style]:
+        """The part of the ladder in which this program's chain makes a difference."""
+        chain = list(self.chain())
+        derivative = any(p.differentiates for p in chain)
+        forward_mode = any(p.forward_mode for p in chain)
+        batches = any(p.batches for p in chain)
+        return [
+            style
+            for style in _LADDER
+            if (style.vmap or batches)
+            and (style.forward_mode or forward_mode)
+            and (style.fused or derivative or batches)
+        ]
+
+    def _tell_about_loop(self, style: Style, reason: Exception) -> None:
+        if not style.vmap and not self.root.said_loop:
+            self.root.said_loop = True
+            warnings.warn(
+                f"jax.vmap of {self.root.name}: torch.vmap cannot batch it ({_first_line(reason)}), so that "
+                "torch runs once for each example. The results are right; large batches are slow.",
+                LoopWarning,
+                stacklevel=2,
+            )
+
+    def _failure(self, failures: list[Exception]) -> Exception:
+        first, last = failures[0], failures[-1]
+        chain = list(self.chain())
+        if len(chain) == 1 or len(failures) == 1 or str(first) == str(last) or not _is_unsupported(last):
+            return last
+        error = UnsupportedTransformError(
+            f"{self.describe()}: torch has no rule for this derivative. As it comes: {_first_line(first)} "
+            f"With differentiable kernels and double backward: {_first_line(last)} "
+            "Replace the operator that torch names, or use reverse mode of first order (jax.grad), which "
+            "works wherever torch's own backward does."
+        )
+        error.__cause__ = last
+        return error
+
+
+class RootProgram(Program):
+    """A program that calls the user's function, and what every program derived from it needs to know."""
+
+    name: str
+    state: TorchState
+    vmap_randomness: str
+    said_loop: bool = False
+
+    @abc.abstractmethod
+    def session(self) -> contextlib.AbstractContextManager[None]:
+        """What surrounds one execution: ambient torch state, exclusive use of the module."""
+
+
+def _is_unsupported(error: Exception) -> bool:
+    text = str(error)
+    return isinstance(error, NotImplementedError) or any(
+        phrase in text
+        for phrase in ("not implemented", "does not support", "not support", "functorch", "vmap", "derivative")
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

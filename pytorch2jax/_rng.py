@@ -1,0 +1,103 @@
+"""Randomness: a JAX key seeds torch for the length of one call.
+
+A random torch function takes its seed as one more input, an array of unsigned 32-bit integers. Forward and
+backward get the same array, hence the same masks, and torch's own generators are put back afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from pytorch2jax._errors import RandomnessError
+from pytorch2jax._inference import Spec
+from pytorch2jax._program import Program, RootProgram, Style, Tensors
+from pytorch2jax._torch_state import capture_torch_state
+
+# Torch's default generators are global: two threads that seed and draw at once would mix their numbers.
+_GENERATORS = threading.RLock()
+
+
+def seed_from_key(call: str, key: Any) -> jax.Array:
+    """The seed input of a torch call for a JAX key: `uint32[n]`, with `n` as the key's generator has it."""
+    dtype = getattr(key, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and key.ndim == 0:
+        return jax.random.key_data(key)
+    if dtype == jnp.uint32 and key.ndim == 1:
+        return jnp.asarray(key)
+    got = type(key).__name__ if dtype is None else f"{dtype}{list(key.shape)}"
+    raise RandomnessError(
+        f"{call}: rng: expected one JAX key (`jax.random.key(0)` or `jax.random.PRNGKey(0)`), got {got}. "
+        "For several keys use `jax.vmap` over them."
+    )
+
+
+@contextlib.contextmanager
+def seeded(seed: torch.Tensor) -> Iterator[None]:
+    """Seed torch's default generators from `seed` (`uint32[n]`) and put their states back afterwards."""
+    words = seed.tolist()
+    mixed = 0
+    for word in words:  # FNV-1a over 32-bit words: every bit of the key counts
+        mixed = ((mixed ^ word) * 0x100000001B3 + 0x9E3779B97F4A7C15) % 2**64
+    devices = [torch.cuda.current_device()] if seed.is_cuda else []
+    with _GENERATORS, torch.random.fork_rng(devices):
+        torch.random.default_generator.manual_seed(mixed)
+        if devices:
+            torch.cuda.manual_seed(mixed)
+        yield
+
+
+def _draw_seed() -> torch.Tensor:
+    """A seed (`int64[2]`, each under 2**32) from torch's global generator, which moves on by it."""
+    with _GENERATORS:
+        return torch.randint(0, 2**32, (2,), dtype=torch.int64)
+
+
+class SeedDraw(RootProgram):
+    """Takes a seed from torch's global generator, for random functions that were given no key.
+
+    Each use is a program of its own, and takes the call's inputs, so that XLA neither merges two of them nor
+    moves one out of a loop. A batch has one seed, from which its examples draw one after the other.
+    """
+
+    name = "seed"
+    vmap_randomness = "same"
+    _numbers = itertools.count()
+
+    def __init__(self, in_specs: tuple[Spec, ...]) -> None:
+        super().__init__((next(self._numbers),))
+        self.state = capture_torch_state()
+        self.in_specs = in_specs
+        self.out_specs = (Spec((2,), np.dtype("uint32")),)
+        self.compiled = lambda *_: [jnp.asarray(_draw_seed().numpy().astype(np.uint32))]
+
+    @property
+    def root(self) -> SeedDraw:
+        return self
+
+    def chain(self) -> Iterable[Program]:
+        return (self,)
+
+    def describe(self) -> str:
+        return self.name
+
+    def session(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def run(self, tensors: Sequence[torch.Tensor], style: Style, functional: bool) -> Tensors:
+        return (_draw_seed(),)
+
+    def batched(self, in_dims: tuple[int | None, ...], size: int) -> tuple[SeedDraw, tuple[int | None, ...]]:
+        specs = tuple(
+            spec if d is None else Spec((*spec.shape[:d], size, *spec.shape[d:]), spec.dtype)
+            for spec, d in zip(self.in_specs, in_dims, strict=True)
+        )
+        return SeedDraw(specs), (None,)

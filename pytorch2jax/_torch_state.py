@@ -1,0 +1,116 @@
+"""Torch's ambient state: captured where JAX traces, set again where XLA calls back.
+
+Autocast is thread-local, so that a context manager around the traced call would not reach XLA's thread; the
+default dtype and the deterministic flag are global and may have changed by then. The choice of kernels
+(`differentiable_kernels`) is global in torch, so that concurrent users are counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+_DEVICE_TYPES = ("cpu", "cuda")
+
+
+class TorchState(NamedTuple):
+    """What surrounds a torch call and changes its result, apart from its arguments."""
+
+    autocast: tuple[tuple[bool, torch.dtype], ...]
+    default_dtype: torch.dtype
+    deterministic: tuple[bool, bool]
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Run the body under this state; costs under a microsecond where nothing differs."""
+        current = capture_torch_state()
+        if current == self:
+            yield
+            return
+        with contextlib.ExitStack() as stack:
+            for device_type, (enabled, dtype) in zip(_DEVICE_TYPES, self.autocast, strict=True):
+                stack.enter_context(_autocast(device_type, enabled, dtype))
+            stack.callback(_set_globals, current)
+            _set_globals(self)
+            yield
+
+
+def capture_torch_state() -> TorchState:
+    """The ambient state of the calling thread."""
+    return TorchState(
+        tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _DEVICE_TYPES),
+        torch.get_default_dtype(),
+        (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
+    )
+
+
+def _set_globals(state: TorchState) -> None:
+    torch.set_default_dtype(state.default_dtype)
+    enabled, warn_only = state.deterministic
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+def _autocast(device_type: str, enabled: bool, dtype: torch.dtype) -> Any:
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return contextlib.nullcontext()  # torch warns when it is asked to
+    return torch.autocast(device_type, enabled=enabled, dtype=dtype)
+
+
+class _SharedFlags:
+    """Global torch flags that several threads may want changed at once: first in sets, last out restores."""
+
+    def __init__(self, set_all: Callable[[Any], Any], values: Any) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._set_all = set_all
+        self._values = values
+        self._before: Any = None
+
+    @contextlib.contextmanager
+    def changed(self) -> Iterator[None]:
+        with self._lock:
+            if self._users == 0:
+                self._before = self._set_all(self._values)
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._users == 0:
+                    self._set_all(self._before)
+
+
+def _set_kernel_flags(values: tuple[bool, ...]) -> tuple[bool, ...]:
+    flash, efficient, cudnn_attention, cudnn, mkldnn, fastpath = values
+    before = (
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch.backends.cuda.mem_efficient_sdp_enabled(),
+        torch.backends.cuda.cudnn_sdp_enabled(),
+        torch.backends.cudnn.enabled,
+        torch.backends.mkldnn.enabled,
+        torch.backends.mha.get_fastpath_enabled(),
+    )
+    torch.backends.cuda.enable_flash_sdp(flash)
+    torch.backends.cuda.enable_mem_efficient_sdp(efficient)
+    torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
+    torch.backends.cudnn.enabled = cudnn
+    torch.backends.mkldnn.enabled = mkldnn
+    torch.backends.mha.set_fastpath_enabled(fastpath)
+    return before
+
+
+_DIFFERENTIABLE = _SharedFlags(_set_kernel_flags, (False,) * 6)
+
+
+def differentiable_kernels() -> contextlib.AbstractContextManager[None]:
+    """Torch's plain kernels, which have derivatives of every order and mode, instead of its fused ones.
+
+    Plain attention (the `MATH` backend of `scaled_dot_product_attention`), torch's own recurrent layers
+    instead of oneDNN's and cuDNN's, and no fused fast path in `nn.TransformerEncoder` and `nn.MultiheadAttention`.
+    """
+    return _DIFFERENTIABLE.changed()

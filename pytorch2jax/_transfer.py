@@ -1,0 +1,161 @@
+"""Tensors to arrays and back over DLPack, outside of any JAX transformation.
+
+Memory is shared wherever the two frameworks can share it, in both directions. A shared array changes when
+torch writes to the tensor that it came from, and XLA's buffer changes when torch writes to a tensor that was
+made from an array: pass `copy=True` where that can happen. The functions in `_bridge.py`, which run under
+`jax.jit`, never let torch write to an array.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from pytorch2jax._dtypes import dtype_j2t, dtype_t2j, narrowed
+from pytorch2jax._errors import DeviceError, LeafTypeError, NarrowingError
+
+_INTEGERS = (torch.int64, torch.uint64)
+
+
+def t2j(tensor: torch.Tensor, *, copy: bool = False) -> jax.Array:
+    """Convert a torch tensor to a JAX array on the same device.
+
+    Args:
+        tensor: a tensor of any shape, strides and shared dtype. It is detached from autograd; conjugate
+            and negative views are resolved.
+        copy: `False` shares memory where that is possible; `True` never does.
+
+    Returns:
+        An array of the same shape and dtype. While `jax_enable_x64` is off, `int64` and `uint64` become
+        their 32-bit siblings if every value fits (an error otherwise), and `float64` and `complex128` are
+        rounded to `float32` and `complex64`.
+
+    Copies:
+        None for a contiguous tensor with 64-byte aligned memory (every freshly allocated tensor). Strided
+        and unaligned tensors, resolved views and narrowed dtypes are copied.
+
+    Raises:
+        LeafTypeError: `tensor` is not a dense torch tensor.
+        DtypeError: JAX has no such dtype.
+        NarrowingError: a 64-bit integer does not fit into 32 bits while `jax_enable_x64` is off.
+
+    Example:
+        >>> import torch
+        >>> t2j(torch.arange(3.0))
+        Array([0., 1., 2.], dtype=float32)
+    """
+    if not isinstance(tensor, torch.Tensor):
+        raise LeafTypeError(f"t2j: expected a torch.Tensor, got {type(tensor).__name__}.")
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+        raise LeafTypeError(
+            f"t2j: expected a dense tensor, got layout {tensor.layout}, quantized={tensor.is_quantized}, "
+            f"nested={tensor.is_nested}. Call `.to_dense()`, `.dequantize()` or `.to_padded_tensor()` first."
+        )
+    if tensor.device.type == "meta":
+        raise LeafTypeError("t2j: expected a tensor with data, got one on torch's meta device.")
+    dtype_t2j(tensor.dtype)  # the error for a dtype that JAX lacks
+    dense = _narrow(tensor.detach().resolve_conj().resolve_neg())
+    if dense.numel() == 0:  # DLPack gives empty tensors no address; JAX refuses some of their strides
+        return jnp.zeros(tuple(dense.shape), dtype_t2j(dense.dtype))
+    if not dense.is_contiguous():
+        dense = dense.contiguous()
+    shared = dense.data_ptr() == tensor.data_ptr()
+    return jax.dlpack.from_dlpack(dense, copy=True if copy and shared else None)
+
+
+def j2t(array: Any, *, copy: bool = False) -> torch.Tensor:
+    """Convert a JAX array to a torch tensor on the same device.
+
+    Args:
+        array: a JAX array on one device, or anything that `jax.numpy.asarray` takes.
+        copy: `False` shares memory with the array: the tensor must then be read only, because a JAX array
+            is taken by everybody else to be immutable. `True` gives a tensor that may be written to.
+
+    Returns:
+        A contiguous tensor of the same shape and dtype, without `requires_grad`.
+
+    Raises:
+        LeafTypeError: `array` is a tracer, or nothing that JAX takes for an array.
+        DtypeError: torch has no such dtype.
+        DeviceError: the array is spread over several devices.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> j2t(jnp.arange(3))
+        tensor([0, 1, 2], dtype=torch.int32)
+    """
+    if isinstance(array, jax.core.Tracer):
+        raise LeafTypeError(
+            "j2t: expected a concrete array, got a tracer. Inside jax.jit, jax.grad or jax.vmap wrap the "
+            "torch function with `torch2jax` instead of converting its arguments."
+        )
+    if not isinstance(array, jax.Array):
+        try:
+            array = jnp.asarray(array)
+        except (TypeError, ValueError) as error:
+            raise LeafTypeError(f"j2t: expected a JAX array, got {type(array).__name__}.") from error
+    dtype = dtype_j2t(array.dtype)
+    check_one_device("j2t", "array", array)
+    if array.size == 0:
+        return torch.empty(array.shape, dtype=dtype, device=torch_device(array))
+    tensor = torch.from_dlpack(array)
+    return tensor.clone() if copy else tensor
+
+
+def as_array(call: str, path: str, value: Any) -> Any:
+    """Turn what a user passed as an array argument into something that JAX can bind, or say why not."""
+    if isinstance(value, jax.core.Tracer):
+        return value
+    if isinstance(value, jax.Array):
+        check_one_device(call, path, value)
+        return value
+    if isinstance(value, torch.Tensor):
+        return t2j(value)
+    if isinstance(value, (np.ndarray, np.generic)):
+        wide = value.dtype.kind in "iu" and value.dtype.itemsize == 8 and not jax.config.jax_enable_x64
+        array = jnp.asarray(value)
+        if wide and not np.array_equal(np.asarray(array), value):
+            raise NarrowingError(_narrowing_message(f"{call}: {path}", value.dtype.name))
+        return array
+    raise LeafTypeError(f"{call}: {path}: expected an array, got {type(value).__name__}.")
+
+
+def check_one_device(call: str, path: str, array: jax.Array) -> None:
+    """Raise `DeviceError` for an array that is spread over several devices."""
+    if len(array.sharding.device_set) > 1:
+        raise DeviceError(
+            f"{call}: {path}: expected an array on one device, got one on {len(array.sharding.device_set)} "
+            f"devices ({array.sharding}). Gather it with `jax.device_put(x, device)`, or call the function "
+            "inside `jax.shard_map`, where each device sees its own part."
+        )
+
+
+def torch_device(array: jax.Array) -> torch.device:
+    """The torch device on which a one-device JAX array lies."""
+    device = next(iter(array.devices()))
+    if device.platform == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", getattr(device, "local_hardware_id", device.id))
+
+
+def _narrow(tensor: torch.Tensor) -> torch.Tensor:
+    narrow = tensor.to(narrowed(tensor.dtype))
+    if narrow.dtype != tensor.dtype and tensor.dtype in _INTEGERS and not fits(narrow, tensor):
+        raise NarrowingError(_narrowing_message("t2j", str(tensor.dtype).removeprefix("torch.")))
+    return narrow
+
+
+def fits(narrow: torch.Tensor, wide: torch.Tensor) -> bool:
+    """Whether an integer tensor kept all of its values when it was narrowed."""
+    return torch.equal(narrow.to(wide.dtype), wide)
+
+
+def _narrowing_message(where: str, dtype: str) -> str:
+    return (
+        f"{where}: expected {dtype} values that fit into 32 bits, because jax_enable_x64 is off, and got "
+        "larger ones. Call `jax.config.update('jax_enable_x64', True)`, or reduce the values."
+    )

@@ -1,0 +1,264 @@
+"""Derivatives and batches of programs; JAX's rules in `_primitive.py` are made of these.
+
+With `f` a program, `A` some of its inputs (`active`), `x` all of its inputs:
+
+- `Jvp(f, A)`: `(x, t) -> f'(x) t`, the tangents of the inexact outputs; linear in `t`.
+- `Vjp(f, A, B)`: `(x, c) -> c f'(x)`, the cotangents of `A` for cotangents `c` of the outputs `B`; linear in `c`.
+- `Vmap(f, dims)`: `f` over a batch axis, in one call.
+
+Cotangents follow JAX's convention for complex numbers, which is the conjugate of torch's: JAX transposes,
+torch takes the adjoint, and `transpose(c) = conj(adjoint(conj(c)))`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from pytorch2jax._dtypes import dtype_j2t, is_inexact
+from pytorch2jax._inference import Spec
+from pytorch2jax._program import Program, RootProgram, Style, Tensors
+
+
+class _Derived(Program):
+    """A program made from another one."""
+
+    def __init__(self, base: Program, *arguments: Any) -> None:
+        super().__init__((base, *arguments))
+        self.base = base
+
+    @property
+    def root(self) -> RootProgram:
+        return self.base.root
+
+    def chain(self) -> Iterable[Program]:
+        yield self
+        yield from self.base.chain()
+
+    def describe(self) -> str:
+        return f"{type(self).__name__.lower()}({self.base.describe()})"
+
+
+def inexact_outputs(program: Program) -> tuple[int, ...]:
+    """Which outputs of a program have tangents."""
+    return tuple(i for i, spec in enumerate(program.out_specs) if is_inexact(spec.dtype))
+
+
+class Jvp(_Derived):
+    """`(x, t) -> f'(x) t`: tangents of the inexact outputs for tangents of the active inputs."""
+
+    differentiates = True
+    forward_mode = True
+
+    def __init__(self, base: Program, active: tuple[int, ...]) -> None:
+        super().__init__(base, active)
+        self.active = active
+        self.outputs = inexact_outputs(base)
+        self.in_specs = base.in_specs + tuple(base.in_specs[i] for i in active)
+        self.out_specs = tuple(base.out_specs[i] for i in self.outputs)
+        self.n_linear = len(active)
+
+    def run(self, tensors: Sequence[torch.Tensor], style: Style, functional: bool) -> Tensors:
+        primals, tangents = _split(tensors, len(self.base.in_specs))
+        if style.forward_mode:
+            call = _restricted(self.base, primals, self.active, self.outputs, style, True)
+            inputs = tuple(primals[i] for i in self.active)
+            return tuple(torch.func.jvp(call, inputs, tuple(tangents))[1])
+        if functional:
+            return self._double_functional(primals, tangents, style)
+        return self._double_backward(primals, tangents, style)
+
+    def _double_functional(self, primals: Tensors, tangents: Tensors, style: Style) -> Tensors:
+        """`f'(x) t` is the vjp of `u -> u f'(x)`, which is linear in `u`, with cotangent `t`."""
+        call = _restricted(self.base, primals, self.active, self.outputs, style, True)
+        inputs = tuple(primals[i] for i in self.active)
+        outputs, pull = torch.func.vjp(call, *inputs)
+        _, push = torch.func.vjp(pull, tuple(torch.zeros_like(o) for o in outputs))
+        return tuple(push(tuple(tangents))[0])
+
+    def _double_backward(self, primals: Tensors, tangents: Tensors, style: Style) -> Tensors:
+        """The same through plain autograd."""
+        keep = torch.is_grad_enabled()
+        with torch.enable_grad():
+            inputs, outputs = _record(self.base, primals, self.active, self.outputs, style)
+            duals = tuple(torch.zeros_like(o, requires_grad=True) for o in outputs)
+            pulled = _gradients(outputs, inputs, duals, create_graph=True)
+            return _gradients(pulled, duals, tangents, create_graph=keep)
+
+
+class Vjp(_Derived):
+    """`(x, c) -> c f'(x)`: cotangents of the active inputs for cotangents of some outputs."""
+
+    differentiates = True
+
+    def __init__(self, base: Program, active: tuple[int, ...], outputs: tuple[int, ...]) -> None:
+        super().__init__(base, active, outputs)
+        self.active = active
+        self.outputs = outputs
+        self.in_specs = base.in_specs + tuple(base.out_specs[i] for i in outputs)
+        self.out_specs = tuple(base.in_specs[i] for i in active)
+        self.n_linear = len(outputs)
+
+    def run(self, tensors: Sequence[torch.Tensor], style: Style, functional: bool) -> Tensors:
+        primals, cotangents = _split(tensors, len(self.base.in_specs))
+        cotangents = _conjugated(cotangents)
+        if functional:
+            call = _restricted(self.base, primals, self.active, self.outputs, style, True)
+            inputs = tuple(primals[i] for i in self.active)
+            return _conjugated(torch.func.vjp(call, *inputs)[1](cotangents))
+        keep = torch.is_grad_enabled()  # an outer derivative records: then this one has to be recorded too
+        with torch.enable_grad():
+            inputs, outputs = _record(self.base, primals, self.active, self.outputs, style)
+            return _conjugated(_gradients(outputs, inputs, cotangents, create_graph=keep))
+
+
+class Vmap(_Derived):
+    """A program over a batch axis.
+
+    in_dims: for each input its batch axis, or None.
+    out_dims: for each output the batch axis, or None: the sum over the batch.
+    """
+
+    batches = True
+
+    def __init__(
+        self,
+        base: Program,
+        in_dims: tuple[int | None, ...],
+        out_dims: tuple[int | None, ...],
+        size: int,
+    ) -> None:
+        super().__init__(base, in_dims, out_dims, size)
+        self.in_dims, self.out_dims, self.size = in_dims, out_dims, size
+        self.in_specs = tuple(map(self._batched, base.in_specs, in_dims))
+        self.out_specs = tuple(map(self._batched, base.out_specs, out_dims))
+        self.n_linear = base.n_linear
+
+    def _batched(self, spec: Spec, dim: int | None) -> Spec:
+        if dim is None:
+            return spec
+        return Spec((*spec.shape[:dim], self.size, *spec.shape[dim:]), spec.dtype)
+
+    def run(self, tensors: Sequence[torch.Tensor], style: Style, functional: bool) -> Tensors:
+        if self.size == 0:
+            device = tensors[0].device
+            return tuple(torch.zeros(s.shape, dtype=dtype_j2t(s.dtype), device=device) for s in self.out_specs)
+        if style.vmap:
+            dims = tuple(0 if dim is None else dim for dim in self.out_dims)
+            outputs = torch.vmap(
+                lambda *inputs: self.base.run(inputs, style, True),
+                in_dims=self.in_dims,
+                out_dims=dims,
+                randomness=self.root.vmap_randomness,
+            )(*tensors)
+            return tuple(o.sum(0) if d is None else o for o, d in zip(outputs, self.out_dims, strict=True))
+        rows = [
+            self.base.run(
+                [t if d is None else t.select(d, i) for t, d in zip(tensors, self.in_dims, strict=True)],
+                style,
+                functional,
+            )
+            for i in range(self.size)
+        ]
+        return tuple(
+            sum(column[1:], column[0]) if dim is None else torch.stack(column, dim)
+            for column, dim in zip(map(list, zip(*rows, strict=True)), self.out_dims, strict=True)
+        )
+
+
+def transposed(program: Program, wanted: tuple[int, ...], given: tuple[int, ...]) -> Program:
+    """The transpose of a linear program.
+
+    Args:
+        program: linear in its last `n_linear` inputs.
+        wanted: which of those inputs are unknown (indices into all inputs).
+        given: the outputs that have a cotangent.
+
+    Returns:
+        A program from the non-linear inputs of `program` and one cotangent for each of `given` to the
+        cotangents of `wanted`; linear in the cotangents.
+    """
+    first = len(program.in_specs) - program.n_linear
+    positions = tuple(i - first for i in wanted)
+    if isinstance(program, Jvp):
+        active = tuple(program.active[p] for p in positions)
+        return program.base.derive(Vjp, active, tuple(program.outputs[i] for i in given))
+    if isinstance(program, Vjp):
+        tangent = program.base.derive(Jvp, tuple(program.active[i] for i in given))
+        kept = tuple(tangent.outputs.index(program.outputs[p]) for p in positions)
+        return tangent if kept == tuple(range(len(tangent.outputs))) else tangent.derive(Select, kept)
+    if isinstance(program, Select):
+        return transposed(program.base, wanted, tuple(program.kept[i] for i in given))
+    assert isinstance(program, Vmap)
+    base = transposed(program.base, wanted, given)
+    in_dims = (*program.in_dims[:first], *(program.out_dims[i] for i in given))
+    out_dims = tuple(program.in_dims[i] for i in wanted)
+    return base.derive(Vmap, in_dims, out_dims, program.size)
+
+
+class Select(_Derived):
+    """Some of the outputs of a program."""
+
+    def __init__(self, base: Program, kept: tuple[int, ...]) -> None:
+        super().__init__(base, kept)
+        self.kept = kept
+        self.in_specs = base.in_specs
+        self.out_specs = tuple(base.out_specs[i] for i in kept)
+        self.n_linear = base.n_linear
+
+    def run(self, tensors: Sequence[torch.Tensor], style: Style, functional: bool) -> Tensors:
+        outputs = self.base.run(tensors, style, functional)
+        return tuple(outputs[i] for i in self.kept)
+
+
+def _split(tensors: Sequence[torch.Tensor], index: int) -> tuple[Tensors, Tensors]:
+    return tuple(tensors[:index]), tuple(tensors[index:])
+
+
+def _conjugated(tensors: Iterable[torch.Tensor]) -> Tensors:
+    return tuple(t.conj() if t.is_complex() else t for t in tensors)
+
+
+def _restricted(
+    program: Program,
+    primals: Tensors,
+    active: tuple[int, ...],
+    outputs: tuple[int, ...],
+    style: Style,
+    functional: bool,
+) -> Callable[..., Tensors]:
+    """The program as a function of its active inputs only, with the chosen outputs only."""
+
+    def call(*inputs: torch.Tensor) -> Tensors:
+        arguments = list(primals)
+        for index, tensor in zip(active, inputs, strict=True):
+            arguments[index] = tensor
+        results = program.run(arguments, style, functional)
+        return tuple(results[i] for i in outputs)
+
+    return call
+
+
+def _record(
+    program: Program, primals: Tensors, active: tuple[int, ...], outputs: tuple[int, ...], style: Style
+) -> tuple[Tensors, Tensors]:
+    """Run under autograd: the active inputs as nodes of the graph, and the chosen outputs."""
+    inputs = tuple(
+        p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in (primals[i] for i in active)
+    )
+    return inputs, _restricted(program, primals, active, outputs, style, False)(*inputs)
+
+
+def _gradients(
+    outputs: Tensors, inputs: Tensors, cotangents: Sequence[torch.Tensor], *, create_graph: bool
+) -> Tensors:
+    """`torch.autograd.grad` with zeros where nothing depends on anything."""
+    live = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    if not live:
+        return tuple(torch.zeros_like(i) for i in inputs)
+    found = torch.autograd.grad(
+        [o for o, _ in live], inputs, [c for _, c in live], create_graph=create_graph, allow_unused=True
+    )
+    return tuple(torch.zeros_like(i) if g is None else g for g, i in zip(found, inputs, strict=True))

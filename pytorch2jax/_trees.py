@@ -1,0 +1,175 @@
+"""Pytrees of both frameworks: flat leaves, paths for messages, and containers that JAX does not know.
+
+Arguments come in as JAX pytrees. What a torch function returns is any torch pytree: besides tuples, lists
+and dicts, torch's own named results, Hugging Face's `ModelOutput`, and plain dataclasses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from pytorch2jax._internals import flatten_torch_node, is_torch_node, torch_node_type, unflatten_torch_node
+
+PATH_SEPARATOR = "."
+
+
+class OutputTree(NamedTuple):
+    """How to put the flat outputs of a torch function back together.
+
+    kind: what the node is: `"leaf"` (the next flat output), `"static"` (the value in `context`),
+        `"dataclass"` or `"torch"` (a node of torch's pytree registry).
+    """
+
+    kind: str
+    node_type: Any = None
+    context: Any = None
+    children: tuple[OutputTree, ...] = ()
+
+    def unflatten(self, leaves: Sequence[Any]) -> Any:
+        """Rebuild the containers around `leaves`."""
+        if self.kind == "leaf":
+            return leaves[0]
+        return self._build(iter(leaves))
+
+    def _build(self, leaves: Any) -> Any:
+        if self.kind == "leaf":
+            return next(leaves)
+        if self.kind == "static":
+            return self.context
+        children = [child._build(leaves) for child in self.children]
+        if self.kind == "dataclass":
+            value = _new_dataclass(self.node_type, self.context, children)
+        else:
+            value = unflatten_torch_node(self.node_type, children, self.context)
+        _register_with_jax(value)
+        return value
+
+
+    def describe(self) -> str:
+        """The structure in words, for messages: `dict(Tensor, tuple(Tensor, None))`."""
+        if self.kind == "leaf":
+            return "Tensor"
+        if self.kind == "static":
+            return repr(self.context)
+        return f"{self.node_type.__name__}({', '.join(child.describe() for child in self.children)})"
+
+
+def flatten_output(value: Any, is_leaf: Callable[[Any], bool]) -> tuple[list[Any], OutputTree]:
+    """Flatten what a torch function returned; what `is_leaf` refuses and no registry knows is static."""
+    leaves: list[Any] = []
+    return leaves, _flatten_output(value, is_leaf, leaves)
+
+
+def _flatten_output(value: Any, is_leaf: Callable[[Any], bool], leaves: list[Any]) -> OutputTree:
+    if is_leaf(value):
+        leaves.append(value)
+        return OutputTree("leaf")
+    if is_torch_node(value):
+        children, context = flatten_torch_node(value)
+        kind, node_type = "torch", torch_node_type(value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        context = tuple(field.name for field in dataclasses.fields(value))
+        children = [getattr(value, name) for name in context]
+        kind, node_type = "dataclass", type(value)
+    else:
+        return OutputTree("static", context=value)
+    parts = tuple(_flatten_output(child, is_leaf, leaves) for child in children)
+    return OutputTree(kind, node_type, context, parts)
+
+
+def output_paths(tree: OutputTree, prefix: str = "output") -> list[str]:
+    """A readable address for each flat output, in order."""
+    if tree.kind == "leaf":
+        return [prefix]
+    names: Sequence[Any] = range(len(tree.children))
+    if tree.kind == "dataclass" or (isinstance(tree.context, (list, tuple)) and len(tree.context) == len(names)):
+        names = tree.context
+    return [
+        path
+        for name, child in zip(names, tree.children, strict=True)
+        for path in output_paths(child, f"{prefix}[{name!r}]")
+    ]
+
+
+def static_outputs(tree: OutputTree, prefix: str = "output") -> list[tuple[str, Any]]:
+    """The values in an output that are no tensors, with their addresses."""
+    if tree.kind == "static":
+        return [(prefix, tree.context)]
+    return [
+        found
+        for index, child in enumerate(tree.children)
+        for found in static_outputs(child, f"{prefix}[{index}]")
+    ]
+
+
+def _new_dataclass(cls: type, names: Sequence[str], values: Sequence[Any]) -> Any:
+    instance = object.__new__(cls)  # as copy.replace does not: without running the user's __init__
+    for name, value in zip(names, values, strict=True):
+        object.__setattr__(instance, name, value)
+    return instance
+
+
+class _Context:
+    """A torch pytree context as JAX wants its auxiliary data: hashable and comparable."""
+
+    def __init__(self, tree: tuple[str, Any, Any]) -> None:
+        self.tree = tree
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Context) and self.tree == other.tree
+
+    def __hash__(self) -> int:
+        return hash(self.tree[:2])
+
+
+def _register_with_jax(value: Any) -> None:
+    """Let a container type pass through `jax.jit` if JAX does not know it yet.
+
+    This is the one place where the package adds to a registry of JAX's, and only for a type that a
+    converted function has just returned.
+    """
+    if not jax.tree_util.all_leaves([value]):
+        return
+
+    def flatten(node: Any) -> tuple[list[Any], _Context]:
+        if is_torch_node(node):
+            children, context = flatten_torch_node(node)
+            return children, _Context(("torch", torch_node_type(node), context))
+        names = tuple(field.name for field in dataclasses.fields(node))
+        return [getattr(node, name) for name in names], _Context(("dataclass", type(node), names))
+
+    def unflatten(aux: _Context, children: Sequence[Any]) -> Any:
+        kind, node_type, context = aux.tree
+        if kind == "dataclass":
+            return _new_dataclass(node_type, context, list(children))
+        return unflatten_torch_node(node_type, list(children), context)
+
+    jax.tree_util.register_pytree_node(type(value), flatten, unflatten)
+
+
+def is_static(leaf: Any) -> bool:
+    """Whether an argument leaf is a Python value that torch gets as it is, and not an array."""
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        return False
+    return not hasattr(leaf, "dtype") or isinstance(leaf, (np.dtype, type))
+
+
+def static_key(value: Any) -> Hashable:
+    """A key under which equal static values, and only those, fall together (`1`, `1.0` and `True` do not)."""
+    if isinstance(value, (float, complex)):
+        return (type(value), repr(value))  # tells -0.0 from 0.0, and a NaN from nothing but other values
+    try:
+        hash(value)
+    except TypeError:
+        return (type(value), id(value))
+    return (type(value), value)
+
+
+def path_string(path: Sequence[Any]) -> str:
+    """A JAX key path as a user would write it: `params.encoder.layers.0.weight`."""
+    return PATH_SEPARATOR.join(jax.tree_util.keystr((key,), simple=True) for key in path)
