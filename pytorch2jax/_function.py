@@ -29,7 +29,7 @@ from pytorch2jax._inference import (
     is_output_leaf,
     run_without_graph,
 )
-from pytorch2jax._program import Program, RootProgram, Style, Tensors
+from pytorch2jax._program import Around, Program, RootProgram, Style, Tensors
 from pytorch2jax._rng import seeded
 from pytorch2jax._torch_state import capture_torch_state
 from pytorch2jax._transfer import as_array, j2t, torch_device
@@ -241,7 +241,7 @@ class BoundFunction(RootProgram):
         with self.function.call.exclusive(), self.state.applied():
             yield
 
-    def run(self, tensors: Sequence[torch.Tensor], style: Style, functional: bool) -> Tensors:
+    def run(self, tensors: Sequence[torch.Tensor], style: Style, around: Around) -> Tensors:
         inputs = list(tensors)
         seed = seeded(inputs.pop(0)) if self._seeded else contextlib.nullcontext()
         for index, dtype in self._widened:

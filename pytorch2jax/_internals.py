@@ -29,8 +29,9 @@ __all__ = [
     "flatten_torch_node",
     "is_torch_node",
     "mlir",
+    "set_vmap_fallback",
     "tensor_from_capsule",
-    "torch_pytree",
+    "torch_node_type",
     "unflatten_torch_node",
 ]
 
@@ -47,6 +48,13 @@ def fake_tensor_mode() -> Any:
     from torch._subclasses.fake_tensor import FakeTensorMode  # 40 ms to import: only when it is needed
 
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def set_vmap_fallback(enabled: bool) -> bool:
+    """Allow or forbid `torch.vmap`'s loop over operators without a batching rule; returns what was before."""
+    before: bool = torch._C._functorch._is_vmap_fallback_enabled()
+    torch._C._functorch._set_vmap_fallback_enabled(enabled)
+    return before
 
 
 def is_torch_node(value: Any) -> bool:

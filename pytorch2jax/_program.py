@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import enum
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 
+from pytorch2jax._composite import composite_norms
 from pytorch2jax._errors import LoopWarning, UnsupportedTransformError
 from pytorch2jax._inference import Spec
 from pytorch2jax._torch_state import TorchState, differentiable_kernels
@@ -22,28 +25,44 @@ from pytorch2jax._torch_state import TorchState, differentiable_kernels
 Tensors = tuple[torch.Tensor, ...]
 
 
+class Batching(enum.Enum):
+    """How a batch is evaluated."""
+
+    RULES = "torch.vmap, each operator by its batching rule"
+    FALLBACK = "torch.vmap, operators without a rule once for each example"
+    LOOP = "a loop over the whole function"
+
+
 class Style(NamedTuple):
-    """One way of evaluating a program; `Program.styles` lists those to try, fastest first.
+    """One way of evaluating a program; `_LADDER` lists those to try, fastest first.
 
     forward_mode: `True`: `torch.func.jvp`. `False`: the vjp of the vjp, for operators that have no
         forward-mode rule.
-    vmap: `True`: `torch.vmap`. `False`: a loop.
+    batching: how `Vmap` runs.
     fused: `True`: torch's kernels as they come. `False`: `differentiable_kernels`.
     """
 
     forward_mode: bool = True
-    vmap: bool = True
+    batching: Batching = Batching.RULES
     fused: bool = True
 
 
-_LADDER = (
-    Style(),
-    Style(fused=False),
-    Style(fused=False, forward_mode=False),
-    Style(vmap=False),
-    Style(vmap=False, fused=False),
-    Style(vmap=False, fused=False, forward_mode=False),
+_LADDER = tuple(
+    Style(forward_mode, batching, fused)
+    for batching in Batching
+    for forward_mode, fused in ((True, True), (True, False), (False, False))
 )
+
+
+class Around(NamedTuple):
+    """What goes on around a program that is part of another one.
+
+    functional: a `torch.func` transform is at work, so that plain autograd cannot be.
+    differentiated: an outer program takes a derivative of this one.
+    """
+
+    functional: bool = False
+    differentiated: bool = False
 
 _Derived = TypeVar("_Derived", bound="Program")
 
@@ -86,8 +105,8 @@ class Program(abc.ABC):
         """This program, the one that it is derived from, and so on down to the root."""
 
     @abc.abstractmethod
-    def run(self, tensors: Sequence[torch.Tensor], style: Style, functional: bool) -> Tensors:
-        """Evaluate in one style; `functional` says that a torch.func transform is at work around this."""
+    def run(self, tensors: Sequence[torch.Tensor], style: Style, around: Around) -> Tensors:
+        """Evaluate in one style."""
 
     def derive(self, cls: type[_Derived], *arguments: Any) -> _Derived:
         """The program `cls(self, *arguments)`, the same object for equal arguments."""
@@ -109,7 +128,7 @@ class Program(abc.ABC):
     def execute(self, tensors: Sequence[torch.Tensor]) -> Tensors:
         """Evaluate, in the first style that torch supports; which one that is, is remembered."""
         with self.root.session(), torch.no_grad():
-            styles = self._styles()
+            styles = self._styles
             failures: list[Exception] = []
             for index in range(self._style, len(styles)):
                 try:
@@ -124,30 +143,38 @@ class Program(abc.ABC):
             raise self._failure(failures)
 
     def _run_in(self, tensors: Sequence[torch.Tensor], style: Style) -> Tensors:
-        kernels = contextlib.nullcontext() if style.fused else differentiable_kernels()
-        with kernels:
-            return self.run(tensors, style, functional=False)
+        with contextlib.ExitStack() as stack:
+            if not style.fused:
+                stack.enter_context(differentiable_kernels())
+            if self._order > 1:
+                stack.enter_context(composite_norms())
+            return self.run(tensors, style, Around())
 
+    @functools.cached_property
+    def _order(self) -> int:
+        """How many derivatives are taken."""
+        return sum(p.differentiates for p in self.chain())
+
+    @functools.cached_property
     def _styles(self) -> list[Style]:
         """The part of the ladder in which this program's chain makes a difference."""
         chain = list(self.chain())
-        derivative = any(p.differentiates for p in chain)
         forward_mode = any(p.forward_mode for p in chain)
         batches = any(p.batches for p in chain)
         return [
             style
             for style in _LADDER
-            if (style.vmap or batches)
+            if (style.batching is Batching.RULES or batches)
             and (style.forward_mode or forward_mode)
-            and (style.fused or derivative or batches)
+            and (style.fused or self._order or batches)
         ]
 
     def _tell_about_loop(self, style: Style, reason: Exception) -> None:
-        if not style.vmap and not self.root.said_loop:
+        if style.batching is not Batching.RULES and not self.root.said_loop:
             self.root.said_loop = True
             warnings.warn(
-                f"jax.vmap of {self.root.name}: torch.vmap cannot batch it ({_first_line(reason)}), so that "
-                "torch runs once for each example. The results are right; large batches are slow.",
+                f"jax.vmap of {self.root.name}: torch.vmap cannot batch it ({_first_line(reason)}). What runs "
+                f"instead: {style.batching.value}. The results are right; large batches are slow.",
                 LoopWarning,
                 stacklevel=2,
             )

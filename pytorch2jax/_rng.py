@@ -19,7 +19,7 @@ import torch
 
 from pytorch2jax._errors import RandomnessError
 from pytorch2jax._inference import Spec
-from pytorch2jax._program import Program, RootProgram, Style, Tensors
+from pytorch2jax._program import Around, Program, RootProgram, Style, Tensors
 from pytorch2jax._torch_state import capture_torch_state
 
 # Torch's default generators are global: two threads that seed and draw at once would mix their numbers.
@@ -92,7 +92,7 @@ class SeedDraw(RootProgram):
     def session(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    def run(self, tensors: Sequence[torch.Tensor], style: Style, functional: bool) -> Tensors:
+    def run(self, tensors: Sequence[torch.Tensor], style: Style, around: Around) -> Tensors:
         return (_draw_seed(),)
 
     def batched(self, in_dims: tuple[int | None, ...], size: int) -> tuple[SeedDraw, tuple[int | None, ...]]:

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from pytorch2jax._internals import set_vmap_fallback
+
 _DEVICE_TYPES = ("cpu", "cuda")
 
 
@@ -102,6 +104,14 @@ def _set_kernel_flags(values: tuple[bool, ...]) -> tuple[bool, ...]:
     torch.backends.mkldnn.enabled = mkldnn
     torch.backends.mha.set_fastpath_enabled(fastpath)
     return before
+
+
+_NO_FALLBACK = _SharedFlags(set_vmap_fallback, False)
+
+
+def vmap_fallback(allowed: bool) -> contextlib.AbstractContextManager[None]:
+    """Whether `torch.vmap` may run an operator that has no batching rule once for each example."""
+    return contextlib.nullcontext() if allowed else _NO_FALLBACK.changed()
 
 
 _DIFFERENTIABLE = _SharedFlags(_set_kernel_flags, (False,) * 6)

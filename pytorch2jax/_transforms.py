@@ -19,7 +19,11 @@ import torch
 
 from pytorch2jax._dtypes import dtype_j2t, is_inexact
 from pytorch2jax._inference import Spec
-from pytorch2jax._program import Program, RootProgram, Style, Tensors
+from pytorch2jax._program import Around, Batching, Program, RootProgram, Style, Tensors
+from pytorch2jax._torch_state import vmap_fallback
+
+_INSIDE = Around(functional=True, differentiated=True)
+_RECORDED = Around(functional=False, differentiated=True)
 
 
 class _Derived(Program):
@@ -60,19 +64,21 @@ class Jvp(_Derived):
         self.out_specs = tuple(base.out_specs[i] for i in self.outputs)
         self.n_linear = len(active)
 
-    def run(self, tensors: Sequence[torch.Tensor], style: Style, functional: bool) -> Tensors:
+    def run(self, tensors: Sequence[torch.Tensor], style: Style, around: Around) -> Tensors:
         primals, tangents = _split(tensors, len(self.base.in_specs))
-        if style.forward_mode:
-            call = _restricted(self.base, primals, self.active, self.outputs, style, True)
+        # Torch's forward-mode formulas are not all differentiable: those of layer_norm and batch_norm take
+        # their saved statistics for constants. Backward formulas are, so that an inner jvp is made of them.
+        if style.forward_mode and not around.differentiated:
+            call = _restricted(self.base, primals, self.active, self.outputs, style, _INSIDE)
             inputs = tuple(primals[i] for i in self.active)
             return tuple(torch.func.jvp(call, inputs, tuple(tangents))[1])
-        if functional:
+        if around.functional:
             return self._double_functional(primals, tangents, style)
         return self._double_backward(primals, tangents, style)
 
     def _double_functional(self, primals: Tensors, tangents: Tensors, style: Style) -> Tensors:
         """`f'(x) t` is the vjp of `u -> u f'(x)`, which is linear in `u`, with cotangent `t`."""
-        call = _restricted(self.base, primals, self.active, self.outputs, style, True)
+        call = _restricted(self.base, primals, self.active, self.outputs, style, _INSIDE)
         inputs = tuple(primals[i] for i in self.active)
         outputs, pull = torch.func.vjp(call, *inputs)
         _, push = torch.func.vjp(pull, tuple(torch.zeros_like(o) for o in outputs))
@@ -101,11 +107,11 @@ class Vjp(_Derived):
         self.out_specs = tuple(base.in_specs[i] for i in active)
         self.n_linear = len(outputs)
 
-    def run(self, tensors: Sequence[torch.Tensor], style: Style, functional: bool) -> Tensors:
+    def run(self, tensors: Sequence[torch.Tensor], style: Style, around: Around) -> Tensors:
         primals, cotangents = _split(tensors, len(self.base.in_specs))
         cotangents = _conjugated(cotangents)
-        if functional:
-            call = _restricted(self.base, primals, self.active, self.outputs, style, True)
+        if around.functional:
+            call = _restricted(self.base, primals, self.active, self.outputs, style, _INSIDE)
             inputs = tuple(primals[i] for i in self.active)
             return _conjugated(torch.func.vjp(call, *inputs)[1](cotangents))
         keep = torch.is_grad_enabled()  # an outer derivative records: then this one has to be recorded too
@@ -141,24 +147,27 @@ class Vmap(_Derived):
             return spec
         return Spec((*spec.shape[:dim], self.size, *spec.shape[dim:]), spec.dtype)
 
-    def run(self, tensors: Sequence[torch.Tensor], style: Style, functional: bool) -> Tensors:
+    def run(self, tensors: Sequence[torch.Tensor], style: Style, around: Around) -> Tensors:
         if self.size == 0:
             device = tensors[0].device
             return tuple(torch.zeros(s.shape, dtype=dtype_j2t(s.dtype), device=device) for s in self.out_specs)
-        if style.vmap:
+        if style.batching is not Batching.LOOP:
             dims = tuple(0 if dim is None else dim for dim in self.out_dims)
-            outputs = torch.vmap(
-                lambda *inputs: self.base.run(inputs, style, True),
+            inside = around._replace(functional=True)
+            batched = torch.vmap(
+                lambda *inputs: self.base.run(inputs, style, inside),
                 in_dims=self.in_dims,
                 out_dims=dims,
                 randomness=self.root.vmap_randomness,
-            )(*tensors)
+            )
+            with vmap_fallback(style.batching is Batching.FALLBACK):
+                outputs = batched(*tensors)
             return tuple(o.sum(0) if d is None else o for o, d in zip(outputs, self.out_dims, strict=True))
         rows = [
             self.base.run(
                 [t if d is None else t.select(d, i) for t, d in zip(tensors, self.in_dims, strict=True)],
                 style,
-                functional,
+                around,
             )
             for i in range(self.size)
         ]
@@ -208,8 +217,8 @@ class Select(_Derived):
         self.out_specs = tuple(base.out_specs[i] for i in kept)
         self.n_linear = base.n_linear
 
-    def run(self, tensors: Sequence[torch.Tensor], style: Style, functional: bool) -> Tensors:
-        outputs = self.base.run(tensors, style, functional)
+    def run(self, tensors: Sequence[torch.Tensor], style: Style, around: Around) -> Tensors:
+        outputs = self.base.run(tensors, style, around)
         return tuple(outputs[i] for i in self.kept)
 
 
@@ -227,7 +236,7 @@ def _restricted(
     active: tuple[int, ...],
     outputs: tuple[int, ...],
     style: Style,
-    functional: bool,
+    around: Around,
 ) -> Callable[..., Tensors]:
     """The program as a function of its active inputs only, with the chosen outputs only."""
 
@@ -235,7 +244,7 @@ def _restricted(
         arguments = list(primals)
         for index, tensor in zip(active, inputs, strict=True):
             arguments[index] = tensor
-        results = program.run(arguments, style, functional)
+        results = program.run(arguments, style, around)
         return tuple(results[i] for i in outputs)
 
     return call
@@ -248,7 +257,7 @@ def _record(
     inputs = tuple(
         p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in (primals[i] for i in active)
     )
-    return inputs, _restricted(program, primals, active, outputs, style, False)(*inputs)
+    return inputs, _restricted(program, primals, active, outputs, style, _RECORDED)(*inputs)
 
 
 def _gradients(

@@ -1,0 +1,145 @@
+"""Normalisations written out in plain operations, for derivatives of second and higher order.
+
+Torch's fused `layer_norm`, `batch_norm` and `instance_norm` save a mean and a scale and take them for constants
+when a derivative is differentiated again. Second order in reverse mode comes out right; forward over forward
+and every third derivative come out wrong, without an error (torch 2.13; `tests/test_orders.py` compares
+with finite differences). Plain operations have no such shortcut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+
+class composite_norms(TorchFunctionMode):  # noqa: N801: used as a context manager, like torch.no_grad
+    """Within this context the fused normalisations run as plain operations."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _PLAIN.get(func, func)(*args, **(kwargs or {}))
+
+
+def _normalised(x: torch.Tensor, dims: Sequence[int], eps: float) -> tuple[torch.Tensor, ...]:
+    """`(x - mean) / sqrt(var + eps)` over `dims`, with the mean and the biased variance."""
+    mean = x.mean(dims, keepdim=True)
+    centred = x - mean
+    variance = (centred * centred).mean(dims, keepdim=True)
+    return centred * (variance + eps).rsqrt(), mean, variance
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """The precision in which torch's kernels compute the statistics."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _affine(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, shape: Sequence[int]
+) -> torch.Tensor:
+    if weight is not None:
+        x = x * weight.reshape(shape)
+    return x if bias is None else x + bias.reshape(shape)
+
+
+def _layer_norm(
+    input: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> torch.Tensor:
+    dims = tuple(range(-len(normalized_shape), 0))
+    scaled = _normalised(_wide(input), dims, eps)[0]
+    return _affine(scaled, weight, bias, tuple(normalized_shape)).to(input.dtype)
+
+
+def _functional_batch_norm(
+    input: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    return _batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, True)
+
+
+def _batch_norm(
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> torch.Tensor:
+    shape = (1, -1, *(1,) * (input.dim() - 2))
+    x = _wide(input)
+    if training or running_mean is None or running_var is None:
+        dims = (0, *range(2, input.dim()))
+        scaled, mean, variance = _normalised(x, dims, eps)
+        _update(running_mean, mean, momentum)
+        count = input.numel() // input.shape[1]
+        _update(running_var, variance * (count / max(count - 1, 1)), momentum)
+    else:
+        scaled = (x - running_mean.reshape(shape)) * (running_var.reshape(shape) + eps).rsqrt()
+    return _affine(scaled, weight, bias, shape).to(input.dtype)
+
+
+def _update(running: torch.Tensor | None, value: torch.Tensor, momentum: float) -> None:
+    if running is not None:
+        running.mul_(1 - momentum).add_(momentum * value.detach().reshape(running.shape).to(running.dtype))
+
+
+def _functional_instance_norm(
+    input: torch.Tensor,
+    running_mean: torch.Tensor | None = None,
+    running_var: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    return _instance_norm(
+        input, weight, bias, running_mean, running_var, use_input_stats, momentum, eps, True
+    )
+
+
+def _instance_norm(
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> torch.Tensor:
+    if not use_input_stats:
+        return _batch_norm(input, weight, bias, running_mean, running_var, False, momentum, eps, True)
+    dims = tuple(range(2, input.dim()))
+    scaled, mean, variance = _normalised(_wide(input), dims, eps)
+    count = input[0, 0].numel()
+    _update(running_mean, mean.mean(0), momentum)
+    _update(running_var, variance.mean(0) * (count / max(count - 1, 1)), momentum)
+    return _affine(scaled, weight, bias, (1, -1, *(1,) * (input.dim() - 2))).to(input.dtype)
+
+
+_PLAIN: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+    F.batch_norm: _functional_batch_norm,
+    torch.batch_norm: _batch_norm,
+    F.instance_norm: _functional_instance_norm,
+    torch.instance_norm: _instance_norm,
+}
