@@ -7,6 +7,8 @@ comes out, the root of everything that `_transforms.py` derives.
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -16,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from pytorch2jax._dtypes import dtype_j2t, is_inexact, narrowed
-from pytorch2jax._errors import LeafTypeError, OutputMismatchError
+from pytorch2jax._dtypes import dtype_j2t, narrowed
+from pytorch2jax._errors import LeafTypeError, OutputMismatchError, StateError
 from pytorch2jax._inference import (
     Inferred,
     Spec,
@@ -31,12 +33,9 @@ from pytorch2jax._inference import (
 )
 from pytorch2jax._program import Around, Program, RootProgram, Style, Tensors
 from pytorch2jax._rng import seeded
-from pytorch2jax._torch_state import capture_torch_state
+from pytorch2jax._torch_state import TorchState, capture_torch_state
 from pytorch2jax._transfer import as_array, j2t, torch_device
 from pytorch2jax._trees import flatten_output, is_static, path_string, static_key
-
-SEED_SPEC_DTYPE = np.dtype("uint32")
-
 
 class TorchCallable(Protocol):
     """What a `TorchFunction` runs."""
@@ -57,6 +56,12 @@ class TorchCallable(Protocol):
 
     def exclusive(self) -> contextlib.AbstractContextManager[None]:
         """Keeps other threads out for as long as one evaluation, with its derivatives, takes."""
+
+    def learning(self) -> contextlib.AbstractContextManager[None]:
+        """Around the run that infers: a chance to see what else a call leaves behind."""
+
+    def constants(self, device: torch.device) -> list[torch.Tensor]:
+        """The callable's own tensors, for those that are not given; `[]` if it has none."""
 
 
 class OwnTensor(NamedTuple):
@@ -123,106 +128,147 @@ class TorchFunction:
         variant: Hashable = None,
         output_shapes: Any = None,
         output_key: Hashable = None,
-        seed_size: int | None = None,
-        key_given: bool = False,
     ) -> BoundFunction:
         """The program for arguments like these.
 
         Args:
-            own: arrays for the function's own tensors.
+            own: arrays for the function's own tensors, or for the first few of them; the others keep the
+                values that the callable holds.
             arguments: the call's arguments.
             variant: passed on to the callable.
             output_shapes: what the user declared, or None to infer it.
             output_key: a hashable key for `output_shapes`.
-            seed_size: the length of the seed that comes as the program's first input, if one does.
-            key_given: whether the seed is a JAX key's, which a batch shares where it is not batched itself.
+
+        Raises:
+            InferenceError: the function fails on inputs of these specs.
+            StateError: it changes a tensor of its own that is not among `own`.
         """
         specs = tuple(spec_of(x) for x in (*own, *arguments.arrays))
         x64 = bool(jax.config.jax_enable_x64)
         state = capture_torch_state()
         device = _device(*own, *arguments.arrays)
-        key = (arguments.key(), specs, variant, output_key, seed_size, key_given, x64, state, device)
+        key = (arguments.key(), specs, variant, output_key, x64, state, device)
         try:
             return self._bound[key]
         except KeyError:
             pass
         with self._lock:
             if key not in self._bound:
-                self._bound[key] = BoundFunction(
-                    self, own, arguments, specs, variant, output_shapes, seed_size, key_given, state, device, key
-                )
+                call = _Call(arguments._replace(arrays=[]), len(own), variant, state, device)
+                self._bound[key] = BoundFunction(self, call, specs, key)
+                self._bound[key].infer([*own, *arguments.arrays], output_shapes)
             return self._bound[key]
 
 
-class BoundFunction(RootProgram):
-    """A torch function at fixed input specs, static values, train flag and ambient torch state."""
+class _Call(NamedTuple):
+    """One kind of call, apart from the specs of its arrays.
 
-    def __init__(
-        self,
-        function: TorchFunction,
-        own: Sequence[Any],
-        arguments: Arguments,
-        specs: tuple[Spec, ...],
-        variant: Hashable,
-        output_shapes: Any,
-        seed_size: int | None,
-        key_given: bool,
-        state: Any,
-        device: torch.device,
-        key: Hashable,
-    ) -> None:
+    arguments: the arguments, without their arrays.
+    n_given: how many of the function's own tensors are inputs of the program.
+    variant: passed on to the callable.
+    state: torch's ambient state.
+    device: where the arrays are expected.
+    """
+
+    arguments: Arguments
+    n_given: int
+    variant: Hashable
+    state: TorchState
+    device: torch.device
+
+
+class BoundFunction(RootProgram):
+    """A torch function at fixed input specs, static values, train flag and ambient torch state.
+
+    Its inputs are the given ones of the function's own tensors, then the arrays among the arguments; in a
+    seeded program (`with_seed`) the seed comes first.
+    """
+
+    inferred: Inferred
+
+    def __init__(self, function: TorchFunction, call: _Call, specs: tuple[Spec, ...], key: Hashable) -> None:
         super().__init__((function.identity, key))
         self.function = function
         self.name = function.name
-        # A loop with one key draws the same numbers each time; one over torch's generator, other ones.
-        self.vmap_randomness = "same" if key_given else "different"
-        self.state = state
-        self._arguments = arguments._replace(arrays=[])
-        self._variant = variant
-        self._n_own = len(own)
-        self._seeded = seed_size is not None
-        self._set_dtypes(specs, [*(t.path for t in function.own), *arguments.paths])
-        with self.session():
-            self.inferred = self._infer([*own, *arguments.arrays], output_shapes, device)
-        self._out_dtypes = tuple(dtype_j2t(spec.dtype) for spec in self.inferred.specs)
-        self._needs_grad = self.inferred.needs_grad
-        seed = (Spec((seed_size,), SEED_SPEC_DTYPE),) if seed_size is not None else ()
-        self.in_specs = seed + specs
-        self.out_specs = self.inferred.specs
+        self.state = call.state
+        self._what = call
+        self._seeded = False
+        self.in_specs = specs
+        self._set_dtypes()
 
-    def _set_dtypes(self, specs: tuple[Spec, ...], paths: list[str]) -> None:
-        """Which torch dtype each input has, and which inputs have to be converted to it."""
-        dtypes = []
+    def _set_dtypes(self) -> None:
+        """Which torch dtype each tensor has, and which inputs have to be converted to it."""
+        given, own, specs = self._what.n_given, self.function.own, self.in_specs
+        tensors = []
         for index, spec in enumerate(specs):
             dtype = dtype_j2t(spec.dtype)
-            if index < self._n_own:
-                wide = self.function.own[index].dtype
+            if index < given:
+                wide, path = own[index].dtype, own[index].path
             else:
                 wide = torch.int64 if self.function.widen_ints and dtype == torch.int32 else dtype
-            dtypes.append(wide if narrowed(wide) == dtype else dtype)
-        self._tensor_specs = [
-            TensorSpec(spec.shape, dtype, path)
-            for spec, dtype, path in zip(specs, dtypes, paths, strict=True)
-        ]
+                path = self._what.arguments.paths[index - given]
+            tensors.append(TensorSpec(spec.shape, wide if narrowed(wide) == dtype else dtype, path))
         self._widened = [
-            (i, dtype) for i, (dtype, s) in enumerate(zip(dtypes, specs, strict=True)) if dtype != dtype_j2t(s.dtype)
+            (i, t.dtype) for i, (t, s) in enumerate(zip(tensors, specs, strict=True)) if t.dtype != dtype_j2t(s.dtype)
         ]
+        constants = self.function.call.constants(self._what.device)[given:]
+        held = [
+            TensorSpec(tuple(c.shape), c.dtype, o.path) for c, o in zip(constants, own[given:], strict=True)
+        ]
+        self._tensor_specs = [*tensors[:given], *held, *tensors[given:]]
 
-    def _infer(self, arrays: list[Any], output_shapes: Any, device: torch.device) -> Inferred:
+    def infer(self, arrays: Sequence[Any], output_shapes: Any) -> None:
+        """Find out the output specs, once, before anything else happens with the program."""
         if output_shapes is not None:
-            return declared(self.name, output_shapes, len(arrays))
+            self.inferred = declared(self.name, output_shapes, len(self._tensor_specs))
+        else:
+            with self.session(), self.function.call.learning():
+                self.inferred = infer(
+                    self.name,
+                    self._call,
+                    self._tensor_specs,
+                    functools.partial(self._values, arrays),
+                    self._what.device,
+                )
+        self._out_dtypes = tuple(dtype_j2t(spec.dtype) for spec in self.inferred.specs)
+        self._needs_grad = self.inferred.needs_grad
+        self.out_specs = self.inferred.specs
+        unasked = [self._tensor_specs[i].path for i in self.inferred.changed if i >= self._what.n_given]
+        if unasked:
+            raise StateError(
+                f"{self.name}: {', '.join(unasked)}: changed by the forward pass, and the caller did not ask for "
+                "the new values. Convert with `with_state=True` to get them back, or call with `train=False`."
+            )
 
-        def values() -> list[torch.Tensor]:
-            known: list[Any] = [t.value() for t in self.function.own]
-            if tuple(map(spec_of, arrays[self._n_own :])) == self.function.example_specs:
-                known += self.function.examples
-            known += [None] * (len(arrays) - len(known))
-            return [
-                _concrete(array, default, spec, device)
-                for array, default, spec in zip(arrays, known, self._tensor_specs, strict=True)
-            ]
+    def _values(self, arrays: Sequence[Any]) -> list[torch.Tensor]:
+        """Real tensors to try the function on."""
+        given, function, device = self._what.n_given, self.function, self._what.device
+        known: list[Any] = [t.value() for t in function.own[:given]]
+        if tuple(map(spec_of, arrays[given:])) == function.example_specs:
+            known += function.examples
+        known += [None] * (len(arrays) - len(known))
+        constants = [c.clone() for c in function.call.constants(device)[given:]]
+        specs = [*self._tensor_specs[:given], *self._tensor_specs[given + len(constants) :]]
+        tensors = [_concrete(a, k, s, device) for a, k, s in zip(arrays, known, specs, strict=True)]
+        return [*tensors[:given], *constants, *tensors[given:]]
 
-        return infer(self.name, self._call, self._tensor_specs, values, device)
+    def with_seed(self, size: int, *, shared: bool) -> BoundFunction:
+        """The same program with a seed, `uint32[size]`, as its first input.
+
+        Args:
+            size: the length of the seed.
+            shared: whether the examples of a batch share their random numbers, as they do in a loop with
+                one key, or not, as in a loop over torch's own generator.
+        """
+        key = ("with_seed", size, shared)
+        if key not in self._derived:
+            program = copy.copy(self)
+            Program.__init__(program, (*self._key, *key))
+            program._seeded = True
+            program.vmap_randomness = "same" if shared else "different"
+            program.in_specs = (Spec((size,), np.dtype("uint32")), *self.in_specs)
+            self._derived[key] = program
+        return self._derived[key]  # type: ignore[return-value]
 
     # -- Program ---------------------------------------------------------------------------------------
 
@@ -246,6 +292,8 @@ class BoundFunction(RootProgram):
         seed = seeded(inputs.pop(0)) if self._seeded else contextlib.nullcontext()
         for index, dtype in self._widened:
             inputs[index] = inputs[index].to(dtype)
+        given = self._what.n_given
+        inputs[given:given] = self.function.call.constants(inputs[0].device if inputs else self._what.device)[given:]
         for index in self.inferred.written:  # XLA's buffers are read only
             inputs[index] = inputs[index].clone()
         with seed:
@@ -262,11 +310,12 @@ class BoundFunction(RootProgram):
             return self._call(inputs)
 
     def _call(self, inputs: list[torch.Tensor]) -> tuple[Any, list[torch.Tensor]]:
-        leaves = list(self._arguments.leaves)
-        for position, tensor in zip(self._arguments.positions, inputs[self._n_own :], strict=True):
+        arguments, n_own = self._what.arguments, len(self.function.own)
+        leaves = list(arguments.leaves)
+        for position, tensor in zip(arguments.positions, inputs[n_own:], strict=True):
             leaves[position] = tensor
-        args, kwargs = self._arguments.treedef.unflatten(leaves)
-        return self.function.call(inputs[: self._n_own], self._variant, args, kwargs)
+        args, kwargs = arguments.treedef.unflatten(leaves)
+        return self.function.call(inputs[:n_own], self._what.variant, args, kwargs)
 
     def _outputs(self, out: Any, after: list[torch.Tensor]) -> Tensors:
         if isinstance(out, torch.Tensor) and self.inferred.tree.kind == "leaf":

@@ -7,7 +7,7 @@ follow (they read values, leave torch, or are TorchScript) are run once for real
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -239,25 +239,43 @@ class _Tracker(TorchDispatchMode):
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded in func.tags and not _draws_nothing(func, args, kwargs):
             self.random = True
-        if func._schema.is_mutable:
-            for index, argument in enumerate(func._schema.arguments):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    value = args[index] if index < len(args) else kwargs.get(argument.name)
-                    for tensor in value if isinstance(value, (list, tuple)) else (value,):
-                        if isinstance(tensor, torch.Tensor):
-                            self._written.add(_storage(tensor))
+        for value in _written_arguments(func._schema, args, kwargs):
+            for tensor in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(tensor, torch.Tensor):
+                    self._written.add(_storage(tensor))
         return func(*args, **kwargs)
+
+
+def _arguments(schema: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
+    for index, argument in enumerate(schema.arguments):
+        yield argument, args[index] if index < len(args) else kwargs.get(argument.name, argument.default_value)
+
+
+# Batch normalisations of the older kind update these without saying so in their schema.
+_RUNNING_STATISTICS = ("running_mean", "running_var")
+
+
+def _written_arguments(schema: Any, args: Any, kwargs: Any) -> Iterator[Any]:
+    unannounced = not schema.is_mutable and any(a.name in _RUNNING_STATISTICS for a in schema.arguments)
+    if not schema.is_mutable and not unannounced:
+        return
+    training = True
+    for argument, value in _arguments(schema, args, kwargs):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield value
+        if argument.name in ("training", "train", "use_input_stats"):
+            training = value is not False
+    if unannounced and training:
+        yield from (v for a, v in _arguments(schema, args, kwargs) if a.name in _RUNNING_STATISTICS)
 
 
 def _draws_nothing(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether an operator that may draw random numbers was told not to (attention without dropout)."""
-    for index, argument in enumerate(func._schema.arguments):
-        value = args[index] if index < len(args) else kwargs.get(argument.name, argument.default_value)
-        if argument.name in ("dropout_p", "dropout") and value == 0.0:
-            return True
-        if argument.name in ("train", "training") and value is False:
-            return True
-    return False
+    return any(
+        (argument.name in ("dropout_p", "dropout") and value == 0.0)
+        or (argument.name in ("train", "training") and value is False)
+        for argument, value in _arguments(func._schema, args, kwargs)
+    )
 
 
 class _Exposure(TorchFunctionMode):

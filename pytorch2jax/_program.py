@@ -199,7 +199,7 @@ class RootProgram(Program):
 
     name: str
     state: TorchState
-    vmap_randomness: str
+    vmap_randomness: str = "same"
     said_loop: bool = False
 
     @abc.abstractmethod

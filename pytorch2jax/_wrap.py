@@ -86,15 +86,16 @@ def torch2jax(
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         key = kwargs.pop("rng", None) if takes_rng else None
         arguments = take_apart(name, args, kwargs)
-        bind = functools.partial(
-            function.bind, (), arguments, output_shapes=output_shapes, output_key=output_key
-        )
-        program = bind()
+        program = function.bind((), arguments, output_shapes=output_shapes, output_key=output_key)
         inputs = list(arguments.arrays)
-        if key is not None or program.inferred.random:
-            seed = torch_call(SeedDraw(program.in_specs), *inputs)[0] if key is None else seed_from_key(name, key)
-            program = bind(seed_size=seed.shape[0], key_given=key is not None)
-            inputs.insert(0, seed)
+        if key is not None:
+            seed = seed_from_key(name, key)
+        elif program.inferred.random:
+            seed = torch_call(SeedDraw(program.in_specs), *inputs)[0]
+        else:
+            return program.rebuild(torch_call(program, *inputs))[0]
+        program = program.with_seed(seed.shape[0], shared=key is not None)
+        inputs.insert(0, seed)
         return program.rebuild(torch_call(program, *inputs))[0]
 
     if example_args or example_kw:
@@ -135,6 +136,12 @@ class _PlainCall:
 
     def exclusive(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
+
+    def learning(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def constants(self, device: torch.device) -> list[torch.Tensor]:
+        return []
 
 
 class _Identity:

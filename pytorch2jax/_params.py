@@ -1,0 +1,329 @@
+"""A torch module's tensors as JAX pytrees, and the way back.
+
+`params` and `state` are nested dicts by module path with torch's own leaf names. A tensor that the module has
+under several names (tied weights, a submodule reachable by two paths) is one leaf, under the first name.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import torch
+from torch import nn
+
+from pytorch2jax._dtypes import canonical_dtype_t2j
+from pytorch2jax._errors import LeafTypeError, MissingLeafError, StructureError
+from pytorch2jax._function import OwnTensor
+from pytorch2jax._transfer import as_array, j2t, t2j
+from pytorch2jax._trees import PATH_SEPARATOR
+
+Path = tuple[str, ...]
+
+
+class Slot(NamedTuple):
+    """One place in a module that holds a tensor."""
+
+    module: str  # as in `named_modules`
+    name: str
+
+
+class Leaf(NamedTuple):
+    """One tensor of a module.
+
+    path: where it is in the nested dict.
+    slots: the places that hold it; the first one gives the path.
+    shape, dtype: torch's.
+    trainable: `requires_grad`; False for buffers.
+    persistent: whether it is part of the `state_dict`.
+    statistic: whether it is one of a batch normalisation's running statistics.
+    """
+
+    path: Path
+    slots: tuple[Slot, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trainable: bool
+    persistent: bool
+    statistic: bool
+
+
+class Layout(NamedTuple):
+    """The leaves of a module, parameters and buffers, each in a fixed order."""
+
+    params: tuple[Leaf, ...]
+    state: tuple[Leaf, ...]
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """List the tensors of a module."""
+    return Layout(
+        _leaves(model, lambda m: m._parameters), _leaves(model, lambda m: m._buffers)
+    )
+
+
+def _leaves(model: nn.Module, table: Callable[[nn.Module], Mapping[str, Any]]) -> tuple[Leaf, ...]:
+    slots: dict[int, list[Slot]] = {}
+    tensors: dict[int, torch.Tensor] = {}
+    owners: dict[int, nn.Module] = {}
+    # Every path counts, also a second one to the same submodule: the state_dict has them all.
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        for name, tensor in table(module).items():
+            if tensor is not None:
+                slots.setdefault(id(tensor), []).append(Slot(module_name, name))
+                tensors.setdefault(id(tensor), tensor)
+                owners.setdefault(id(tensor), module)
+    return tuple(
+        Leaf(
+            path=_path(places[0]),
+            slots=tuple(places),
+            shape=tuple(tensors[key].shape),
+            dtype=tensors[key].dtype,
+            trainable=tensors[key].requires_grad,
+            persistent=places[0].name not in owners[key]._non_persistent_buffers_set,
+            statistic=isinstance(owners[key], nn.modules.batchnorm._NormBase) and not tensors[key].requires_grad
+            and places[0].name in owners[key]._buffers,
+        )
+        for key, places in slots.items()
+    )
+
+
+def _path(slot: Slot) -> Path:
+    return (*slot.module.split("."), slot.name) if slot.module else (slot.name,)
+
+
+def tensor_in(model: nn.Module, slot: Slot) -> torch.Tensor:
+    """The tensor that a module holds in a slot."""
+    module = model.get_submodule(slot.module)
+    found = module._parameters.get(slot.name)
+    return module._buffers[slot.name] if found is None else found  # type: ignore[return-value]
+
+
+def arrays_of(model: nn.Module, leaves: Sequence[Leaf], *, copy: bool) -> list[jax.Array]:
+    """The values of a module's tensors as arrays; shared with the module unless `copy`."""
+    return [t2j(tensor_in(model, leaf.slots[0]), copy=copy) for leaf in leaves]
+
+
+def own_tensors(root: str, leaves: Sequence[Leaf], arrays: Sequence[jax.Array]) -> list[OwnTensor]:
+    """What a `TorchFunction` has to know about these leaves; the arrays are not kept alive."""
+    return [
+        OwnTensor(PATH_SEPARATOR.join((root, *leaf.path)), leaf.dtype, weakref.ref(array))
+        for leaf, array in zip(leaves, arrays, strict=True)
+    ]
+
+
+# -- nested dicts ---------------------------------------------------------------------------------------
+
+
+def nest(leaves: Sequence[Leaf], values: Iterable[Any]) -> dict[str, Any]:
+    """A nested dict of values, one for each leaf."""
+    tree: dict[str, Any] = {}
+    for leaf, value in zip(leaves, values, strict=True):
+        node = tree
+        for key in leaf.path[:-1]:
+            node = node.setdefault(key, {})
+        node[leaf.path[-1]] = value
+    return tree
+
+
+def flatten(call: str, root: str, leaves: Sequence[Leaf], tree: Any) -> list[Any]:
+    """The values of a nested dict in the order of `leaves`.
+
+    Args:
+        call: the function that the user called, for messages.
+        root: the name of `tree` among its arguments.
+        leaves: what has to be there.
+        tree: nested mappings.
+
+    Raises:
+        MissingLeafError: a leaf is not there.
+        StructureError: something else is there.
+        LeafTypeError: a leaf is no array.
+    """
+    values: list[Any] = []
+    missing: list[str] = []
+    for leaf in leaves:
+        node = tree
+        for key in leaf.path:
+            try:
+                node = node[key]
+            except (KeyError, TypeError, IndexError):
+                missing.append(PATH_SEPARATOR.join((root, *leaf.path)))
+                break
+        else:
+            if isinstance(node, Mapping) or node is None:
+                where = PATH_SEPARATOR.join((root, *leaf.path))
+                raise LeafTypeError(f"{call}: {where}: expected an array, got {type(node).__name__}.")
+            values.append(node)
+    unexpected = _unexpected(root, leaves, tree)
+    if missing:
+        also = f" Not expected, but there: {_listed(unexpected)}." if unexpected else ""
+        raise MissingLeafError(
+            f"{call}: {_listed(missing)}: missing.{also} Expected a nested dict with {len(leaves)} leaves, as "
+            f"the conversion returned it, got {_kind(tree)}."
+        )
+    if unexpected:
+        raise StructureError(
+            f"{call}: {_listed(unexpected)}: the model has no such tensor. Remove it from {root}, or convert "
+            "the model that it belongs to."
+        )
+    return values
+
+
+def check_shapes(call: str, root: str, leaves: Sequence[Leaf], values: Sequence[Any]) -> list[Any]:
+    """The values as something JAX can bind, after a check of their shapes."""
+    checked = []
+    for leaf, value in zip(leaves, values, strict=True):
+        if isinstance(value, (bool, int, float, complex)):
+            value = np.asarray(value)
+        where = PATH_SEPARATOR.join((root, *leaf.path))
+        value = as_array(call, where, value)
+        if tuple(value.shape) != leaf.shape:
+            raise StructureError(
+                f"{call}: {where}: expected shape {leaf.shape}, got {tuple(value.shape)}. Under `jax.vmap` "
+                "map over the leading axis of stacked parameters; otherwise pass them as converted."
+            )
+        checked.append(value)
+    return checked
+
+
+def _unexpected(root: str, leaves: Sequence[Leaf], tree: Any) -> list[str]:
+    expected = {leaf.path for leaf in leaves}
+    found: list[str] = []
+
+    def walk(node: Any, path: Path) -> None:
+        if path in expected:
+            return
+        if isinstance(node, Mapping):
+            for key, child in node.items():
+                walk(child, (*path, str(key)))
+        else:
+            found.append(PATH_SEPARATOR.join((root, *path)))
+
+    if isinstance(tree, Mapping):
+        walk(tree, ())
+    return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
+
+
+def _kind(tree: Any) -> str:
+    return f"a dict with keys {sorted(map(str, tree))}" if isinstance(tree, Mapping) else type(tree).__name__
+
+
+# -- the way back ---------------------------------------------------------------------------------------
+
+
+def params_to_state_dict(model: nn.Module, params: Any, state: Any = None) -> dict[str, torch.Tensor]:
+    """Turn converted parameters back into a torch `state_dict`.
+
+    Args:
+        model: the torch module that was converted, or one of the same architecture. It is not changed.
+        params: nested dict of arrays, as `convert_pytnn_to_jax` returned it, with new values.
+        state: nested dict of the buffers (`with_state=True`), or None: the buffers that `model` has now.
+
+    Returns:
+        What `model.state_dict()` returns, with these values: every name of a tied weight, torch's own
+        dtypes, on the model's devices. The tensors are copies.
+
+    Raises:
+        MissingLeafError: a parameter or buffer of the model is not in the tree.
+        StructureError: the tree has a leaf that the model lacks, or one of another shape.
+
+    Example:
+        >>> from torch import nn
+        >>> from pytorch2jax import convert_pytnn_to_jax
+        >>> model = nn.Linear(2, 3)
+        >>> apply, params = convert_pytnn_to_jax(model)
+        >>> sorted(params_to_state_dict(model, params))
+        ['bias', 'weight']
+    """
+    call = "params_to_state_dict"
+    tensors = _tensors_by_slot(call, model, params, state)
+    # The model's own state_dict says which names there are: hooks may rename or drop some.
+    result = dict(model.state_dict())
+    for slot, tensor in tensors.items():
+        name = f"{slot.module}.{slot.name}" if slot.module else slot.name
+        if name in result:
+            result[name] = tensor
+    return result
+
+
+def load_params(model: nn.Module, params: Any, state: Any = None) -> nn.Module:
+    """Write converted parameters, with their new values, into a torch module.
+
+    Args:
+        model: the torch module that was converted, or one of the same architecture. Its tensors are
+            overwritten in place, so that optimizers and tied weights keep referring to them.
+        params: nested dict of arrays, as `convert_pytnn_to_jax` returned it, with new values.
+        state: nested dict of the buffers (`with_state=True`), or None: the buffers stay as they are.
+
+    Returns:
+        `model`.
+
+    Raises:
+        MissingLeafError: a parameter or buffer of the model is not in the tree.
+        StructureError: the tree has a leaf that the model lacks, or one of another shape. Nothing is
+            written then.
+
+    Example:
+        >>> import jax
+        >>> from torch import nn
+        >>> from pytorch2jax import convert_pytnn_to_jax
+        >>> model = nn.Linear(2, 3)
+        >>> apply, params = convert_pytnn_to_jax(model)
+        >>> _ = load_params(model, jax.tree.map(lambda p: 0 * p, params))
+        >>> float(model.weight.abs().sum())
+        0.0
+    """
+    tensors = _tensors_by_slot("load_params", model, params, state)
+    with torch.no_grad():
+        for slot, tensor in tensors.items():
+            tensor_in(model, slot).copy_(tensor)
+    return model
+
+
+def _tensors_by_slot(call: str, model: nn.Module, params: Any, state: Any) -> dict[Slot, torch.Tensor]:
+    layout = layout_of(model)
+    trees = [("params", layout.params, params)]
+    if state is not None:
+        trees.append(("state", layout.state, state))
+    tensors: dict[Slot, torch.Tensor] = {}
+    for root, leaves, tree in trees:
+        values = check_shapes(call, root, leaves, flatten(call, root, leaves, tree))
+        for leaf, value in zip(leaves, values, strict=True):
+            device = tensor_in(model, leaf.slots[0]).device
+            tensor = j2t(value, copy=True).to(device=device, dtype=leaf.dtype)
+            tensors.update(dict.fromkeys(leaf.slots, tensor))
+    return tensors
+
+
+def trainable_mask(model: nn.Module) -> dict[str, Any]:
+    """Which leaves of `params` torch would train, for `optax.masked` and `optax.multi_transform`.
+
+    Args:
+        model: the torch module.
+
+    Returns:
+        A nested dict like `params`, with `requires_grad` of each parameter as a bool.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Linear(2, 3)
+        >>> _ = model.bias.requires_grad_(False)
+        >>> trainable_mask(model)
+        {'weight': True, 'bias': False}
+    """
+    leaves = layout_of(model).params
+    return nest(leaves, (leaf.trainable for leaf in leaves))
+
+
+def canonical_specs(leaves: Sequence[Leaf]) -> list[jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the arrays that hold these leaves."""
+    return [jax.ShapeDtypeStruct(leaf.shape, canonical_dtype_t2j(leaf.dtype)) for leaf in leaves]
