@@ -1,0 +1,87 @@
+"""PyTorch models as JAX functions, and as Flax modules.
+
+`convert_pytnn_to_jax(model)` gives a pure function and its parameters, `convert_pytnn_to_flax(model)` a Linen
+module; `torch2jax(fn)` turns any torch function into a JAX function. They run torch's own kernels on XLA's
+buffers, under every JAX transformation. See the README for what works where.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from pytorch2jax._dtypes import dtype_j2t, dtype_t2j
+from pytorch2jax._errors import (
+    ConversionError,
+    DeviceError,
+    DtypeError,
+    InferenceError,
+    LeafTypeError,
+    LoopWarning,
+    MissingLeafError,
+    NarrowingError,
+    OutputMismatchError,
+    Pytorch2JaxError,
+    RandomnessError,
+    StateError,
+    StructureError,
+    TorchCallError,
+    UnsupportedTransformError,
+)
+from pytorch2jax._module import convert_pytnn_to_jax
+from pytorch2jax._params import load_params, params_to_state_dict, trainable_mask
+from pytorch2jax._transfer import j2t, t2j
+from pytorch2jax._wrap import py_to_jax_wrapper, torch2jax
+from pytorch2jax.compat import Size, convert_to_jax, convert_to_pyt, tree_j2t, tree_t2j
+
+if TYPE_CHECKING:
+    from pytorch2jax.flax import convert_pytnn_to_flax
+
+__version__ = "0.2.0"
+
+__all__ = [
+    "ConversionError",
+    "DeviceError",
+    "DtypeError",
+    "InferenceError",
+    "LeafTypeError",
+    "LoopWarning",
+    "MissingLeafError",
+    "NarrowingError",
+    "OutputMismatchError",
+    "Pytorch2JaxError",
+    "RandomnessError",
+    "Size",
+    "StateError",
+    "StructureError",
+    "TorchCallError",
+    "UnsupportedTransformError",
+    "convert_pytnn_to_flax",
+    "convert_pytnn_to_jax",
+    "convert_to_jax",
+    "convert_to_pyt",
+    "dtype_j2t",
+    "dtype_t2j",
+    "j2t",
+    "load_params",
+    "params_to_state_dict",
+    "py_to_jax_wrapper",
+    "t2j",
+    "torch2jax",
+    "trainable_mask",
+    "tree_j2t",
+    "tree_t2j",
+]
+
+# Names of the adapters, which import frameworks that need not be installed: looked up on first use.
+_LATE = {"convert_pytnn_to_flax": "pytorch2jax.flax"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATE:
+        return getattr(importlib.import_module(_LATE[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

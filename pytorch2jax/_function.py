@@ -84,7 +84,10 @@ class Arguments(NamedTuple):
     leaves: tuple[Any, ...]  # static values, and None in the place of arrays
     positions: tuple[int, ...]  # where the arrays were
     arrays: list[Any]
-    paths: list[str]
+
+    def path(self, number: int) -> str:
+        """The address of the array with this number, for messages."""
+        return _argument_path(self.treedef, self.positions[number])
 
     def key(self) -> Hashable:
         return (self.treedef, self.positions, tuple(map(static_key, self.leaves)))
@@ -206,7 +209,7 @@ class BoundFunction(RootProgram):
                 wide, path = own[index].dtype, own[index].path
             else:
                 wide = torch.int64 if self.function.widen_ints and dtype == torch.int32 else dtype
-                path = self._what.arguments.paths[index - given]
+                path = self._what.arguments.path(index - given)
             tensors.append(TensorSpec(spec.shape, wide if narrowed(wide) == dtype else dtype, path))
         self._widened = [
             (i, t.dtype) for i, (t, s) in enumerate(zip(tensors, specs, strict=True)) if t.dtype != dtype_j2t(s.dtype)
@@ -215,6 +218,7 @@ class BoundFunction(RootProgram):
         held = [
             TensorSpec(tuple(c.shape), c.dtype, o.path) for c, o in zip(constants, own[given:], strict=True)
         ]
+        self._n_held = len(held)
         self._tensor_specs = [*tensors[:given], *held, *tensors[given:]]
 
     def infer(self, arrays: Sequence[Any], output_shapes: Any) -> None:
@@ -282,21 +286,28 @@ class BoundFunction(RootProgram):
     def describe(self) -> str:
         return self.name
 
+    def session(self) -> contextlib.AbstractContextManager[None]:
+        return self.function.call.exclusive() if self.state.is_current() else self._session_in_state()
+
     @contextlib.contextmanager
-    def session(self) -> Iterator[None]:
+    def _session_in_state(self) -> Iterator[None]:
         with self.function.call.exclusive(), self.state.applied():
             yield
 
     def run(self, tensors: Sequence[torch.Tensor], style: Style, around: Around) -> Tensors:
         inputs = list(tensors)
-        seed = seeded(inputs.pop(0)) if self._seeded else contextlib.nullcontext()
+        seed = inputs.pop(0) if self._seeded else None
         for index, dtype in self._widened:
             inputs[index] = inputs[index].to(dtype)
-        given = self._what.n_given
-        inputs[given:given] = self.function.call.constants(inputs[0].device if inputs else self._what.device)[given:]
+        if self._n_held:
+            given = self._what.n_given
+            device = inputs[0].device if inputs else self._what.device
+            inputs[given:given] = self.function.call.constants(device)[given:]
         for index in self.inferred.written:  # XLA's buffers are read only
             inputs[index] = inputs[index].clone()
-        with seed:
+        if seed is None:
+            return self._outputs(*self._call_recording(inputs))
+        with seeded(seed):
             return self._outputs(*self._call_recording(inputs))
 
     def _call_recording(self, inputs: list[torch.Tensor]) -> tuple[Any, list[torch.Tensor]]:
@@ -336,14 +347,14 @@ class BoundFunction(RootProgram):
             )
 
     def _output(self, value: Any, expected: TensorSpec, dtype: torch.dtype) -> torch.Tensor:
-        tensor = as_output_tensor(self.name, expected.path, value)
+        tensor = value if type(value) is torch.Tensor else as_output_tensor(self.name, expected.path, value)
         if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
             raise OutputMismatchError(
                 f"{self.name}: {expected.path}: expected {expected.dtype}{list(expected.shape)}, as declared or "
                 f"inferred, got {tensor.dtype}{list(tensor.shape)}. Declare what it returns with "
                 "`output_shapes`; a shape that depends on values cannot be used under JAX."
             )
-        if tensor.dtype != dtype and (tensor.is_floating_point() or tensor.is_complex()):
+        if dtype is not expected.dtype and (tensor.is_floating_point() or tensor.is_complex()):
             return tensor.to(dtype)
         return tensor
 
@@ -363,32 +374,35 @@ def take_apart(call: str, args: Any, kwargs: Any) -> Arguments:
     Raises:
         LeafTypeError: a leaf is neither an array nor a hashable Python value.
     """
-    with_paths, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs))
-    leaves: list[Any] = []
-    positions, arrays, paths = [], [], []
-    for index, (path, leaf) in enumerate(with_paths):
-        if is_static(leaf):
-            leaves.append(_static(call, path, leaf))
-            continue
-        leaves.append(None)
-        positions.append(index)
-        paths.append(_argument_path(path))
-        arrays.append(as_array(call, paths[-1], leaf))
-    return Arguments(treedef, tuple(leaves), tuple(positions), arrays, paths)
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    positions: list[int] = []
+    arrays: list[Any] = []
+    for index, leaf in enumerate(leaves):
+        path = functools.partial(_argument_path, treedef, index)
+        if isinstance(leaf, jax.Array) or not is_static(leaf):
+            positions.append(index)
+            arrays.append(as_array(call, path, leaf))
+            leaves[index] = None
+        else:
+            leaves[index] = _static(call, path, leaf)
+    return Arguments(treedef, tuple(leaves), tuple(positions), arrays)
 
 
-def _argument_path(path: Sequence[Any]) -> str:
+def _argument_path(treedef: Any, index: int) -> str:
+    """The address of a leaf among the arguments, for messages: `args.0`, `kwargs.mask`."""
+    addresses, _ = jax.tree_util.tree_flatten_with_path(treedef.unflatten(range(treedef.num_leaves)))
+    path = addresses[index][0]
     return f"{'kwargs' if path[0].idx else 'args'}.{path_string(path[1:])}"
 
 
-def _static(call: str, path: Sequence[Any], value: Any) -> Any:
+def _static(call: str, path: Callable[[], str], value: Any) -> Any:
     if isinstance(value, np.dtype) or (isinstance(value, type) and hasattr(value, "dtype")):
         return dtype_j2t(value)
     try:
         hash(value)
     except TypeError:
         raise LeafTypeError(
-            f"{call}: {_argument_path(path)}: expected an array or a hashable Python value, got "
+            f"{call}: {path()}: expected an array or a hashable Python value, got "
             f"{type(value).__name__}. Pass arrays, numbers, strings, None, dtypes, or pytrees of them."
         ) from None
     return value

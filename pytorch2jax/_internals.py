@@ -29,6 +29,7 @@ __all__ = [
     "flatten_torch_node",
     "is_torch_node",
     "mlir",
+    "set_grad_enabled",
     "set_vmap_fallback",
     "tensor_from_capsule",
     "torch_node_type",
@@ -41,6 +42,9 @@ ShapedArray = jax.core.ShapedArray
 # `torch.from_dlpack` spends half of its time on negotiating streams and copies, which a capsule that XLA
 # has just made for this very call does not need.
 tensor_from_capsule: Callable[[Any], torch.Tensor] = torch._C._from_dlpack
+
+# `torch.no_grad()` takes a microsecond, which is a tenth of a small call.
+set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
 
 
 def fake_tensor_mode() -> Any:

@@ -78,12 +78,12 @@ def convert_pytnn_to_jax(model: nn.Module, *, with_state: bool = False, copy: bo
     converted = ConvertedModule(model, copy=copy)
 
     def apply(params: Any, *args: Any, rng: Any = None, train: bool | None = False, **kwargs: Any) -> Any:
-        return converted(params, None, args, kwargs, rng=rng, train=train)[0]
+        return converted.apply(params, None, args, kwargs, rng=rng, train=train)[0]
 
     def apply_with_state(
         params: Any, state: Any, *args: Any, rng: Any = None, train: bool | None = False, **kwargs: Any
     ) -> tuple[Any, Any]:
-        return converted(params, state, args, kwargs, rng=rng, train=train)
+        return converted.apply(params, state, args, kwargs, rng=rng, train=train)
 
     params, state = converted.take_initial()
     return (apply_with_state, params, state) if with_state else (apply, params)
@@ -108,8 +108,7 @@ class ConvertedModule:
         call = _ModuleCall(model, (*self.layout.params, *self.layout.state))
         own = own_tensors("params", self.layout.params, self._params)
         own += own_tensors("state", self.layout.state, self._state)
-        self._function = TorchFunction(self.name, call, identity=id(call), own=own)
-        self._function_keeps = call
+        self._function = TorchFunction(self.name, call, identity=call, own=own)
 
     def initial(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Parameters and state as they were at conversion."""
@@ -122,10 +121,25 @@ class ConvertedModule:
         self._params = self._state = None
         return params, state
 
-    def __call__(
-        self, params: Any, state: Any, args: Any, kwargs: Any, *, rng: Any, train: bool | None
+    def apply(
+        self,
+        params: Any,
+        state: Any,
+        args: Any,
+        kwargs: Any,
+        *,
+        rng: Any,
+        train: bool | None,
+        rng_argument: str = "rng=jax.random.key(...)",
     ) -> tuple[Any, Any]:
         """Call the module; with `state=None` on the buffers that it had at conversion.
+
+        Args:
+            params, state: nested dicts.
+            args, kwargs: what `forward` gets.
+            rng: a JAX key or None.
+            train: which mode the module is in; None for the mode of each submodule at conversion.
+            rng_argument: how a user of the adapter passes a key, for messages.
 
         Returns:
             What the module returned, and the new state.
@@ -139,8 +153,8 @@ class ConvertedModule:
         if program.inferred.random:
             if rng is None:
                 raise RandomnessError(
-                    f"{self.name}: rng: the model draws random numbers (train={train}), expected a JAX key, got "
-                    "None. Pass `rng=jax.random.key(...)`, a new key for each call."
+                    f"{self.name}: the model draws random numbers (train={train}), expected a JAX key, got none. "
+                    f"Pass `{rng_argument}`, a new key for each call."
                 )
             seed = seed_from_key(self.name, rng)
             program = program.with_seed(seed.shape[0], shared=True)

@@ -6,6 +6,7 @@ under several names (tied weights, a submodule reachable by two paths) is one le
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -110,7 +111,7 @@ def arrays_of(model: nn.Module, leaves: Sequence[Leaf], *, copy: bool) -> list[j
 def own_tensors(root: str, leaves: Sequence[Leaf], arrays: Sequence[jax.Array]) -> list[OwnTensor]:
     """What a `TorchFunction` has to know about these leaves; the arrays are not kept alive."""
     return [
-        OwnTensor(PATH_SEPARATOR.join((root, *leaf.path)), leaf.dtype, weakref.ref(array))
+        OwnTensor(_address(root, leaf), leaf.dtype, weakref.ref(array))
         for leaf, array in zip(leaves, arrays, strict=True)
     ]
 
@@ -151,12 +152,11 @@ def flatten(call: str, root: str, leaves: Sequence[Leaf], tree: Any) -> list[Any
             try:
                 node = node[key]
             except (KeyError, TypeError, IndexError):
-                missing.append(PATH_SEPARATOR.join((root, *leaf.path)))
+                missing.append(_address(root, leaf))
                 break
         else:
             if isinstance(node, Mapping) or node is None:
-                where = PATH_SEPARATOR.join((root, *leaf.path))
-                raise LeafTypeError(f"{call}: {where}: expected an array, got {type(node).__name__}.")
+                raise LeafTypeError(f"{call}: {_address(root, leaf)}: expected an array, got {_kind(node)}.")
             values.append(node)
     unexpected = _unexpected(root, leaves, tree)
     if missing:
@@ -179,11 +179,10 @@ def check_shapes(call: str, root: str, leaves: Sequence[Leaf], values: Sequence[
     for leaf, value in zip(leaves, values, strict=True):
         if isinstance(value, (bool, int, float, complex)):
             value = np.asarray(value)
-        where = PATH_SEPARATOR.join((root, *leaf.path))
-        value = as_array(call, where, value)
+        value = as_array(call, functools.partial(_address, root, leaf), value)
         if tuple(value.shape) != leaf.shape:
             raise StructureError(
-                f"{call}: {where}: expected shape {leaf.shape}, got {tuple(value.shape)}. Under `jax.vmap` "
+                f"{call}: {_address(root, leaf)}: expected shape {leaf.shape}, got {tuple(value.shape)}. Under `jax.vmap` "
                 "map over the leading axis of stacked parameters; otherwise pass them as converted."
             )
         checked.append(value)
@@ -206,6 +205,10 @@ def _unexpected(root: str, leaves: Sequence[Leaf], tree: Any) -> list[str]:
     if isinstance(tree, Mapping):
         walk(tree, ())
     return found
+
+
+def _address(root: str, leaf: Leaf) -> str:
+    return PATH_SEPARATOR.join((root, *leaf.path))
 
 
 def _listed(names: Sequence[str]) -> str:

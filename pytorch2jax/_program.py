@@ -20,6 +20,7 @@ import torch
 from pytorch2jax._composite import composite_norms
 from pytorch2jax._errors import LoopWarning, UnsupportedTransformError
 from pytorch2jax._inference import Spec
+from pytorch2jax._internals import set_grad_enabled
 from pytorch2jax._torch_state import TorchState, differentiable_kernels
 
 Tensors = tuple[torch.Tensor, ...]
@@ -127,22 +128,32 @@ class Program(abc.ABC):
 
     def execute(self, tensors: Sequence[torch.Tensor]) -> Tensors:
         """Evaluate, in the first style that torch supports; which one that is, is remembered."""
-        with self.root.session(), torch.no_grad():
-            styles = self._styles
-            failures: list[Exception] = []
-            for index in range(self._style, len(styles)):
-                try:
-                    result = self._run_in(tensors, styles[index])
-                except Exception as error:
-                    failures.append(error)
-                    continue
-                if failures:
-                    self._style = index
-                    self._tell_about_loop(styles[index], failures[0])
-                return result
-            raise self._failure(failures)
+        with self.root.session():
+            recording = torch.is_grad_enabled()
+            set_grad_enabled(False)
+            try:
+                return self._climb(tensors)
+            finally:
+                set_grad_enabled(recording)
+
+    def _climb(self, tensors: Sequence[torch.Tensor]) -> Tensors:
+        styles = self._styles
+        failures: list[Exception] = []
+        for index in range(self._style, len(styles)):
+            try:
+                result = self._run_in(tensors, styles[index])
+            except Exception as error:
+                failures.append(error)
+                continue
+            if failures:
+                self._style = index
+                self._tell_about_loop(styles[index], failures[0])
+            return result
+        raise self._failure(failures)
 
     def _run_in(self, tensors: Sequence[torch.Tensor], style: Style) -> Tensors:
+        if style.fused and self._order < 2:
+            return self.run(tensors, style, Around())
         with contextlib.ExitStack() as stack:
             if not style.fused:
                 stack.enter_context(differentiable_kernels())

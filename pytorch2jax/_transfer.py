@@ -8,6 +8,7 @@ made from an array: pass `copy=True` where that can happen. The functions in `_b
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -106,12 +107,9 @@ def j2t(array: Any, *, copy: bool = False) -> torch.Tensor:
     return tensor.clone() if copy else tensor
 
 
-def as_array(call: str, path: str, value: Any) -> Any:
+def as_array(call: str, path: Callable[[], str], value: Any) -> Any:
     """Turn what a user passed as an array argument into something that JAX can bind, or say why not."""
-    if isinstance(value, jax.core.Tracer):
-        return value
-    if isinstance(value, jax.Array):
-        check_one_device(call, path, value)
+    if isinstance(value, jax.Array):  # tracers, too
         return value
     if isinstance(value, torch.Tensor):
         return t2j(value)
@@ -119,9 +117,9 @@ def as_array(call: str, path: str, value: Any) -> Any:
         wide = value.dtype.kind in "iu" and value.dtype.itemsize == 8 and not jax.config.jax_enable_x64
         array = jnp.asarray(value)
         if wide and not np.array_equal(np.asarray(array), value):
-            raise NarrowingError(_narrowing_message(f"{call}: {path}", value.dtype.name))
+            raise NarrowingError(_narrowing_message(f"{call}: {path()}", value.dtype.name))
         return array
-    raise LeafTypeError(f"{call}: {path}: expected an array, got {type(value).__name__}.")
+    raise LeafTypeError(f"{call}: {path()}: expected an array, got {type(value).__name__}.")
 
 
 def check_one_device(call: str, path: str, array: jax.Array) -> None:

@@ -123,6 +123,9 @@ def py_to_jax_wrapper(fn: Callable[..., Any]) -> Callable[..., Any]:
     return torch2jax(fn)
 
 
+_NOTHING = contextlib.nullcontext()
+
+
 class _PlainCall:
     """A torch callable without tensors of its own, as a `TorchCallable`."""
 
@@ -135,7 +138,7 @@ class _PlainCall:
         return self.fn(*args, **kwargs), own
 
     def exclusive(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
+        return _NOTHING
 
     def learning(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()

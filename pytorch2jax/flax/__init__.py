@@ -1,0 +1,15 @@
+"""Torch modules as Flax modules; needs the extra `flax`."""
+
+try:
+    import flax as _flax
+except ImportError as _error:
+    raise ImportError(
+        "pytorch2jax.flax: expected the package `flax`, which is not installed. Install it with "
+        "`pip install 'pytorch2jax[flax]'`."
+    ) from _error
+
+from pytorch2jax.flax._linen import convert_pytnn_to_flax
+
+__all__ = ["convert_pytnn_to_flax"]
+
+del _flax
