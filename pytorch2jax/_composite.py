@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 
-class composite_norms(TorchFunctionMode):  # noqa: N801: used as a context manager, like torch.no_grad
+class CompositeNorms(TorchFunctionMode):
     """Within this context the fused normalisations run as plain operations."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _PLAIN.get(func, func)(*args, **(kwargs or {}))
 
 
-def _normalised(x: torch.Tensor, dims: Sequence[int], eps: float) -> tuple[torch.Tensor, ...]:
+def _normalised(x: torch.Tensor, dims: tuple[int, ...], eps: float) -> tuple[torch.Tensor, ...]:
     """`(x - mean) / sqrt(var + eps)` over `dims`, with the mean and the biased variance."""
     mean = x.mean(dims, keepdim=True)
     centred = x - mean
@@ -109,9 +109,7 @@ def _functional_instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> torch.Tensor:
-    return _instance_norm(
-        input, weight, bias, running_mean, running_var, use_input_stats, momentum, eps, True
-    )
+    return _instance_norm(input, weight, bias, running_mean, running_var, use_input_stats, momentum, eps, True)
 
 
 def _instance_norm(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 
 from pytorch2jax._errors import DtypeError
+from pytorch2jax._internals import x64_enabled
 
 _SHARED_NAMES = (
     "bool",
@@ -95,7 +95,7 @@ def dtype_j2t(dtype: Any) -> torch.dtype:
 
 def narrowed(dtype: torch.dtype) -> torch.dtype:
     """What JAX keeps of a torch dtype: itself, or its 32-bit sibling while `jax_enable_x64` is off."""
-    return dtype if jax.config.jax_enable_x64 else _NARROWED.get(dtype, dtype)
+    return dtype if x64_enabled() else _NARROWED.get(dtype, dtype)
 
 
 def canonical_dtype_t2j(dtype: torch.dtype) -> np.dtype[Any]:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 
@@ -31,11 +30,13 @@ from pytorch2jax._inference import (
     is_output_leaf,
     run_without_graph,
 )
+from pytorch2jax._internals import x64_enabled
 from pytorch2jax._program import Around, Program, RootProgram, Style, Tensors
 from pytorch2jax._rng import seeded
 from pytorch2jax._torch_state import TorchState, capture_torch_state
 from pytorch2jax._transfer import as_array, j2t, torch_device
 from pytorch2jax._trees import flatten_output, is_static, path_string, static_key
+
 
 class TorchCallable(Protocol):
     """What a `TorchFunction` runs."""
@@ -147,7 +148,7 @@ class TorchFunction:
             StateError: it changes a tensor of its own that is not among `own`.
         """
         specs = tuple(spec_of(x) for x in (*own, *arguments.arrays))
-        x64 = bool(jax.config.jax_enable_x64)
+        x64 = x64_enabled()
         state = capture_torch_state()
         device = _device(*own, *arguments.arrays)
         key = (arguments.key(), specs, variant, output_key, x64, state, device)
@@ -215,9 +216,7 @@ class BoundFunction(RootProgram):
             (i, t.dtype) for i, (t, s) in enumerate(zip(tensors, specs, strict=True)) if t.dtype != dtype_j2t(s.dtype)
         ]
         constants = self.function.call.constants(self._what.device)[given:]
-        held = [
-            TensorSpec(tuple(c.shape), c.dtype, o.path) for c, o in zip(constants, own[given:], strict=True)
-        ]
+        held = [TensorSpec(tuple(c.shape), c.dtype, o.path) for c, o in zip(constants, own[given:], strict=True)]
         self._n_held = len(held)
         self._tensor_specs = [*tensors[:given], *held, *tensors[given:]]
 
@@ -423,9 +422,9 @@ def _device(*arrays: Any) -> torch.device:
 def _concrete(array: Any, default: Any, spec: TensorSpec, device: torch.device) -> torch.Tensor:
     """A tensor to try a function on: the argument itself, the value as converted, or a made-up one."""
     for candidate in (array, default):
-        if isinstance(candidate, jax.Array) and not isinstance(candidate, jax.core.Tracer):
-            if not candidate.is_deleted():
-                return j2t(candidate, copy=True).to(spec.dtype)
+        concrete = isinstance(candidate, jax.Array) and not isinstance(candidate, jax.core.Tracer)
+        if concrete and not candidate.is_deleted():
+            return j2t(candidate, copy=True).to(spec.dtype)
     if spec.dtype == torch.bool:
         return torch.ones(spec.shape, dtype=torch.bool, device=device)
     if not (spec.dtype.is_floating_point or spec.dtype.is_complex):

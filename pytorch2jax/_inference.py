@@ -101,9 +101,7 @@ def infer(
         ) from error
 
 
-def _infer_fake(
-    name: str, call: FlatCall, inputs: Sequence[TensorSpec], device: torch.device
-) -> Inferred:
+def _infer_fake(name: str, call: FlatCall, inputs: Sequence[TensorSpec], device: torch.device) -> Inferred:
     tracker = _Tracker()
     with torch.random.fork_rng([]), differentiable_kernels(), fake_tensor_mode(), tracker:
         tensors = [torch.empty(s.shape, dtype=s.dtype, device=device) for s in inputs]
@@ -112,9 +110,7 @@ def _infer_fake(
         return _conclude(name, result, tensors, tracker)._replace(needs_grad=needs_grad)
 
 
-def _infer_real(
-    name: str, call: FlatCall, inputs: Sequence[TensorSpec], tensors: list[torch.Tensor]
-) -> Inferred:
+def _infer_real(name: str, call: FlatCall, inputs: Sequence[TensorSpec], tensors: list[torch.Tensor]) -> Inferred:
     before = [t.clone() for t in tensors]
     tracker, exposure = _Tracker(), _Exposure()
     with torch.random.fork_rng([]), tracker, exposure:
@@ -127,9 +123,7 @@ def _infer_real(
     return inferred._replace(written=inferred.written | differing)
 
 
-def run_without_graph(
-    call: FlatCall, tensors: list[torch.Tensor]
-) -> tuple[tuple[Any, list[torch.Tensor]], bool]:
+def run_without_graph(call: FlatCall, tensors: list[torch.Tensor]) -> tuple[tuple[Any, list[torch.Tensor]], bool]:
     """Call without recording a graph, or with one for functions that differentiate inside (second result)."""
     with torch.no_grad():
         try:
@@ -148,14 +142,10 @@ def _conclude(
     check_static_outputs(name, tree)
     leaves = [as_output_tensor(name, path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
     written = tracker.written()
-    changed = tuple(
-        i for i, tensor in enumerate(after) if tensor is not tensors[i] or i in written
-    )
+    changed = tuple(i for i, tensor in enumerate(after) if tensor is not tensors[i] or i in written)
     leaves += [after[i] for i in changed]
     paths += [f"state {i}" for i in changed]
-    outputs = tuple(
-        TensorSpec(tuple(t.shape), t.dtype, path) for t, path in zip(leaves, paths, strict=True)
-    )
+    outputs = tuple(TensorSpec(tuple(t.shape), t.dtype, path) for t, path in zip(leaves, paths, strict=True))
     specs = tuple(Spec(o.shape, canonical_dtype_t2j(o.dtype)) for o in outputs)
     return Inferred(outputs, specs, tree, written, changed, tracker.random, None)
 
@@ -194,9 +184,7 @@ def check_static_outputs(name: str, tree: OutputTree) -> None:
             )
 
 
-def declared(
-    name: str, shapes: Any, n_inputs: int
-) -> Inferred:
+def declared(name: str, shapes: Any, n_inputs: int) -> Inferred:
     """What is known of a call whose outputs the user declared: nothing is run, everything else is assumed.
 
     Args:
@@ -248,7 +236,10 @@ class _Tracker(TorchDispatchMode):
 
 def _arguments(schema: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
     for index, argument in enumerate(schema.arguments):
-        yield argument, args[index] if index < len(args) else kwargs.get(argument.name, argument.default_value)
+        yield (
+            argument,
+            args[index] if index < len(args) else kwargs.get(argument.name, argument.default_value),
+        )
 
 
 # Batch normalisations of the older kind update these without saying so in their schema.
@@ -281,9 +272,7 @@ def _draws_nothing(func: Any, args: Any, kwargs: Any) -> bool:
 class _Exposure(TorchFunctionMode):
     """Notices when memory is handed to code that torch cannot watch."""
 
-    _EXPOSING = frozenset(
-        {torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.data_ptr, torch.Tensor.__dlpack__}
-    )
+    _EXPOSING = frozenset({torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.data_ptr, torch.Tensor.__dlpack__})
 
     def __init__(self) -> None:
         super().__init__()

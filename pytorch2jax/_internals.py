@@ -33,7 +33,9 @@ __all__ = [
     "set_vmap_fallback",
     "tensor_from_capsule",
     "torch_node_type",
+    "torch_pytree",
     "unflatten_torch_node",
+    "x64_enabled",
 ]
 
 Primitive = jax.extend.core.Primitive
@@ -54,10 +56,15 @@ def fake_tensor_mode() -> Any:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
+def x64_enabled() -> bool:
+    """Whether JAX keeps 64-bit dtypes, in this thread and context."""
+    return bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
+
+
 def set_vmap_fallback(enabled: bool) -> bool:
     """Allow or forbid `torch.vmap`'s loop over operators without a batching rule; returns what was before."""
-    before: bool = torch._C._functorch._is_vmap_fallback_enabled()
-    torch._C._functorch._set_vmap_fallback_enabled(enabled)
+    before: bool = torch._C._functorch._is_vmap_fallback_enabled()  # type: ignore[attr-defined]
+    torch._C._functorch._set_vmap_fallback_enabled(enabled)  # type: ignore[attr-defined]
     return before
 
 

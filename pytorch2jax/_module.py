@@ -112,7 +112,8 @@ class ConvertedModule:
 
     def initial(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Parameters and state as they were at conversion."""
-        assert self._params is not None and self._state is not None
+        assert self._params is not None
+        assert self._state is not None
         return nest(self.layout.params, self._params), nest(self.layout.state, self._state)
 
     def take_initial(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -172,6 +173,7 @@ class _Order:
     def __init__(self, root: str, leaves: Sequence[Leaf]) -> None:
         self._root = root
         self._leaves = leaves
+        self._treedef: Any
         positions, self._treedef = jax.tree.flatten(nest(leaves, range(len(leaves))))
         self._positions = sorted(range(len(leaves)), key=positions.__getitem__)
 
@@ -339,7 +341,7 @@ def _checked(model: nn.Module) -> nn.Module:
             "weights are constants."
         )
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        if any(map(nn.parameter.is_lazy, (*module._parameters.values(), *module._buffers.values()))):
             raise ConversionError(
                 f"convert: {name or type(model).__name__}: a lazy module has no parameters yet. Run the model once "
                 "on an example input, then convert it."

@@ -61,9 +61,7 @@ class Layout(NamedTuple):
 
 def layout_of(model: nn.Module) -> Layout:
     """List the tensors of a module."""
-    return Layout(
-        _leaves(model, lambda m: m._parameters), _leaves(model, lambda m: m._buffers)
-    )
+    return Layout(_leaves(model, lambda m: m._parameters), _leaves(model, lambda m: m._buffers))
 
 
 def _leaves(model: nn.Module, table: Callable[[nn.Module], Mapping[str, Any]]) -> tuple[Leaf, ...]:
@@ -85,7 +83,8 @@ def _leaves(model: nn.Module, table: Callable[[nn.Module], Mapping[str, Any]]) -
             dtype=tensors[key].dtype,
             trainable=tensors[key].requires_grad,
             persistent=places[0].name not in owners[key]._non_persistent_buffers_set,
-            statistic=isinstance(owners[key], nn.modules.batchnorm._NormBase) and not tensors[key].requires_grad
+            statistic=isinstance(owners[key], nn.modules.batchnorm._NormBase)
+            and not tensors[key].requires_grad
             and places[0].name in owners[key]._buffers,
         )
         for key, places in slots.items()
@@ -182,8 +181,8 @@ def check_shapes(call: str, root: str, leaves: Sequence[Leaf], values: Sequence[
         value = as_array(call, functools.partial(_address, root, leaf), value)
         if tuple(value.shape) != leaf.shape:
             raise StructureError(
-                f"{call}: {_address(root, leaf)}: expected shape {leaf.shape}, got {tuple(value.shape)}. Under `jax.vmap` "
-                "map over the leading axis of stacked parameters; otherwise pass them as converted."
+                f"{call}: {_address(root, leaf)}: expected shape {leaf.shape}, got {tuple(value.shape)}. Under "
+                "`jax.vmap` map over the leading axis of stacked parameters; otherwise pass them as converted."
             )
         checked.append(value)
     return checked

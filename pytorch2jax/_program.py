@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 
-from pytorch2jax._composite import composite_norms
+from pytorch2jax._composite import CompositeNorms
 from pytorch2jax._errors import LoopWarning, UnsupportedTransformError
 from pytorch2jax._inference import Spec
 from pytorch2jax._internals import set_grad_enabled
@@ -65,6 +65,7 @@ class Around(NamedTuple):
     functional: bool = False
     differentiated: bool = False
 
+
 _Derived = TypeVar("_Derived", bound="Program")
 
 
@@ -94,7 +95,7 @@ class Program(abc.ABC):
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (type(self) is type(other) and self._key == other._key)  # type: ignore[attr-defined]
+        return self is other or (type(self) is type(other) and self._key == other._key)
 
     @property
     @abc.abstractmethod
@@ -109,13 +110,13 @@ class Program(abc.ABC):
     def run(self, tensors: Sequence[torch.Tensor], style: Style, around: Around) -> Tensors:
         """Evaluate in one style."""
 
-    def derive(self, cls: type[_Derived], *arguments: Any) -> _Derived:
+    def derive(self, cls: Callable[..., _Derived], *arguments: Any) -> _Derived:
         """The program `cls(self, *arguments)`, the same object for equal arguments."""
         key = (cls, *arguments)
         try:
             return self._derived[key]  # type: ignore[return-value]
         except KeyError:
-            return self._derived.setdefault(key, cls(self, *arguments))  # type: ignore[return-value, call-arg]
+            return self._derived.setdefault(key, cls(self, *arguments))  # type: ignore[return-value]
 
     def __repr__(self) -> str:
         return self.describe()
@@ -158,7 +159,7 @@ class Program(abc.ABC):
             if not style.fused:
                 stack.enter_context(differentiable_kernels())
             if self._order > 1:
-                stack.enter_context(composite_norms())
+                stack.enter_context(CompositeNorms())
             return self.run(tensors, style, Around())
 
     @functools.cached_property
@@ -222,7 +223,14 @@ def _is_unsupported(error: Exception) -> bool:
     text = str(error)
     return isinstance(error, NotImplementedError) or any(
         phrase in text
-        for phrase in ("not implemented", "does not support", "not support", "functorch", "vmap", "derivative")
+        for phrase in (
+            "not implemented",
+            "does not support",
+            "not support",
+            "functorch",
+            "vmap",
+            "derivative",
+        )
     )
 
 

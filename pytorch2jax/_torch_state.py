@@ -104,14 +104,14 @@ def _set_kernel_flags(values: tuple[bool, ...]) -> tuple[bool, ...]:
         torch.backends.cuda.mem_efficient_sdp_enabled(),
         torch.backends.cuda.cudnn_sdp_enabled(),
         torch.backends.cudnn.enabled,
-        torch.backends.mkldnn.enabled,
+        bool(torch.backends.mkldnn.enabled),
         torch.backends.mha.get_fastpath_enabled(),
     )
     torch.backends.cuda.enable_flash_sdp(flash)
     torch.backends.cuda.enable_mem_efficient_sdp(efficient)
     torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
     torch.backends.cudnn.enabled = cudnn
-    torch.backends.mkldnn.enabled = mkldnn
+    torch.backends.mkldnn.enabled = mkldnn  # type: ignore[assignment]
     torch.backends.mha.set_fastpath_enabled(fastpath)
     return before
 

@@ -18,6 +18,7 @@ import torch
 
 from pytorch2jax._dtypes import dtype_j2t, dtype_t2j, narrowed
 from pytorch2jax._errors import DeviceError, LeafTypeError, NarrowingError
+from pytorch2jax._internals import x64_enabled
 
 _INTEGERS = (torch.int64, torch.uint64)
 
@@ -114,7 +115,7 @@ def as_array(call: str, path: Callable[[], str], value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return t2j(value)
     if isinstance(value, (np.ndarray, np.generic)):
-        wide = value.dtype.kind in "iu" and value.dtype.itemsize == 8 and not jax.config.jax_enable_x64
+        wide = value.dtype.kind in "iu" and value.dtype.itemsize == 8 and not x64_enabled()
         array = jnp.asarray(value)
         if wide and not np.array_equal(np.asarray(array), value):
             raise NarrowingError(_narrowing_message(f"{call}: {path()}", value.dtype.name))

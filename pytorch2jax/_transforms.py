@@ -80,8 +80,8 @@ class Jvp(_Derived):
         """`f'(x) t` is the vjp of `u -> u f'(x)`, which is linear in `u`, with cotangent `t`."""
         call = _restricted(self.base, primals, self.active, self.outputs, style, _INSIDE)
         inputs = tuple(primals[i] for i in self.active)
-        outputs, pull = torch.func.vjp(call, *inputs)
-        _, push = torch.func.vjp(pull, tuple(torch.zeros_like(o) for o in outputs))
+        outputs, pull = torch.func.vjp(call, *inputs)[:2]
+        push = torch.func.vjp(pull, tuple(torch.zeros_like(o) for o in outputs))[1]
         return tuple(push(tuple(tangents))[0])
 
     def _double_backward(self, primals: Tensors, tangents: Tensors, style: Style) -> Tensors:
@@ -260,9 +260,7 @@ def _record(
     return inputs, _restricted(program, primals, active, outputs, style, _RECORDED)(*inputs)
 
 
-def _gradients(
-    outputs: Tensors, inputs: Tensors, cotangents: Sequence[torch.Tensor], *, create_graph: bool
-) -> Tensors:
+def _gradients(outputs: Tensors, inputs: Tensors, cotangents: Sequence[torch.Tensor], *, create_graph: bool) -> Tensors:
     """`torch.autograd.grad` with zeros where nothing depends on anything."""
     live = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
     if not live:

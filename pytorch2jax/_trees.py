@@ -49,7 +49,6 @@ class OutputTree(NamedTuple):
         _register_with_jax(value)
         return value
 
-
     def describe(self) -> str:
         """The structure in words, for messages: `dict(Tensor, tuple(Tensor, None))`."""
         if self.kind == "leaf":
@@ -100,15 +99,11 @@ def static_outputs(tree: OutputTree, prefix: str = "output") -> list[tuple[str, 
     """The values in an output that are no tensors, with their addresses."""
     if tree.kind == "static":
         return [(prefix, tree.context)]
-    return [
-        found
-        for index, child in enumerate(tree.children)
-        for found in static_outputs(child, f"{prefix}[{index}]")
-    ]
+    return [found for index, child in enumerate(tree.children) for found in static_outputs(child, f"{prefix}[{index}]")]
 
 
 def _new_dataclass(cls: type, names: Sequence[str], values: Sequence[Any]) -> Any:
-    instance = object.__new__(cls)  # as copy.replace does not: without running the user's __init__
+    instance: Any = object.__new__(cls)  # as copy.replace does not: without running the user's __init__
     for name, value in zip(names, values, strict=True):
         object.__setattr__(instance, name, value)
     return instance

@@ -195,7 +195,7 @@ def _check_on_examples(
         filled = list(leaves)
         for position, array in zip(positions, arrays, strict=True):
             filled[position] = array
-        args, kwargs = treedef.unflatten(filled)
+        args, kwargs = jax.tree.unflatten(treedef, filled)
         return wrapped(*args, **kwargs)
 
     if not any(isinstance(x, jax.ShapeDtypeStruct) for x in examples):

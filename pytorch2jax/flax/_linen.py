@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any, ClassVar
 
 import flax.core.meta
@@ -164,7 +165,7 @@ def _own(leaves: tuple[Leaf, ...], tree: Any) -> dict[str, Any]:
             return tree
         return {key: pick(child, tree[key]) for key, child in wanted.items() if key in tree}
 
-    return pick(wanted, tree)  # type: ignore[no-any-return]
+    return pick(wanted, tree)
 
 
 def _copied(tree: Any) -> Any:
@@ -186,10 +187,10 @@ def _output_is_dropped() -> bool:
 
     Linen runs the same code for both; only the stack tells them apart.
     """
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     callers = []
     while frame is not None:
         if frame.f_code in (_INIT, _INIT_WITH_OUTPUT):
             callers.append(frame.f_code)
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return callers[:2] == [_INIT_WITH_OUTPUT, _INIT]

@@ -1,0 +1,41 @@
+# Every target sets up what it needs: one virtual environment from the pinned versions in constraints.txt.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help env test lint format demo bench clean
+
+help: ## Show the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+env: $(STAMP) ## Build .venv
+
+# torch first and by its exact version: any other request for it may fetch a CUDA build of several gigabytes.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
+	touch $(STAMP)
+
+test: $(STAMP) ## Run the tests
+	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal $(PYTEST_ARGS)
+
+lint: $(STAMP) ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## Put the code into the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: $(STAMP) ## Fine-tune a pretrained torch encoder in Flax; writes demo-output/
+	$(BIN)/python examples/finetune_encoder.py
+
+bench: $(STAMP) ## Measure call overhead; writes benchmarks/results/
+	$(BIN)/python benchmarks/call_overhead.py
+
+clean: ## Remove the environment and everything generated
+	rm -rf $(VENV) demo-output build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
