@@ -121,6 +121,7 @@ class TorchFunction:
         self.widen_ints = widen_ints
         self.examples: list[Any] = []  # arguments to try the function on where it has to run for inference
         self.example_specs: tuple[Spec, ...] | None = None
+        self.said: set[str] = set()
         self._bound: dict[Hashable, BoundFunction] = {}
         self._lock = threading.Lock()
 
@@ -284,6 +285,11 @@ class BoundFunction(RootProgram):
 
     def describe(self) -> str:
         return self.name
+
+    def first_time(self, message: str) -> bool:
+        new = message not in self.function.said
+        self.function.said.add(message)
+        return new
 
     def session(self) -> contextlib.AbstractContextManager[None]:
         return self.function.call.exclusive() if self.state.is_current() else self._session_in_state()

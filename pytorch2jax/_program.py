@@ -182,8 +182,7 @@ class Program(abc.ABC):
         ]
 
     def _tell_about_loop(self, style: Style, reason: Exception) -> None:
-        if style.batching is not Batching.RULES and not self.root.said_loop:
-            self.root.said_loop = True
+        if style.batching is not Batching.RULES and self.root.first_time("loop"):
             warnings.warn(
                 f"jax.vmap of {self.root.name}: torch.vmap cannot batch it ({_first_line(reason)}). What runs "
                 f"instead: {style.batching.value}. The results are right; large batches are slow.",
@@ -212,7 +211,10 @@ class RootProgram(Program):
     name: str
     state: TorchState
     vmap_randomness: str = "same"
-    said_loop: bool = False
+
+    def first_time(self, message: str) -> bool:
+        """Whether a message of this kind is new to the user's function."""
+        return False
 
     @abc.abstractmethod
     def session(self) -> contextlib.AbstractContextManager[None]:

@@ -65,8 +65,11 @@ def t2j(tensor: torch.Tensor, *, copy: bool = False) -> jax.Array:
         return jnp.zeros(tuple(dense.shape), dtype_t2j(dense.dtype))
     if not dense.is_contiguous():
         dense = dense.contiguous()
-    shared = dense.data_ptr() == tensor.data_ptr()
-    return jax.dlpack.from_dlpack(dense, copy=True if copy and shared else None)
+    array = jax.dlpack.from_dlpack(dense)
+    if copy and dense.data_ptr() == tensor.data_ptr():
+        # JAX copies in the background; torch may write to the tensor as soon as this returns.
+        array = jax.block_until_ready(jnp.copy(array))
+    return array
 
 
 def j2t(array: Any, *, copy: bool = False) -> torch.Tensor:

@@ -71,25 +71,29 @@ class Jvp(_Derived):
         if style.forward_mode and not around.differentiated:
             call = _restricted(self.base, primals, self.active, self.outputs, style, _INSIDE)
             inputs = tuple(primals[i] for i in self.active)
-            return tuple(torch.func.jvp(call, inputs, tuple(tangents))[1])
+            with torch.enable_grad():
+                return tuple(torch.func.jvp(call, inputs, tuple(tangents))[1])
         if around.functional:
             return self._double_functional(primals, tangents, style)
         return self._double_backward(primals, tangents, style)
 
     def _double_functional(self, primals: Tensors, tangents: Tensors, style: Style) -> Tensors:
-        """`f'(x) t` is the vjp of `u -> u f'(x)`, which is linear in `u`, with cotangent `t`."""
+        """`f'(x) t` is the vjp of `u -> u f'(x)`, which is linear in `u`, with cotangent `t`, at any `u`.
+
+        Not at zero, where the derivative of a determinant is 0 / 0 to torch."""
         call = _restricted(self.base, primals, self.active, self.outputs, style, _INSIDE)
         inputs = tuple(primals[i] for i in self.active)
-        outputs, pull = torch.func.vjp(call, *inputs)[:2]
-        push = torch.func.vjp(pull, tuple(torch.zeros_like(o) for o in outputs))[1]
-        return tuple(push(tuple(tangents))[0])
+        with torch.enable_grad():
+            outputs, pull = torch.func.vjp(call, *inputs)[:2]
+            push = torch.func.vjp(pull, tuple(torch.ones_like(o) for o in outputs))[1]
+            return tuple(push(tuple(tangents))[0])
 
     def _double_backward(self, primals: Tensors, tangents: Tensors, style: Style) -> Tensors:
         """The same through plain autograd."""
         keep = torch.is_grad_enabled()
         with torch.enable_grad():
             inputs, outputs = _record(self.base, primals, self.active, self.outputs, style)
-            duals = tuple(torch.zeros_like(o, requires_grad=True) for o in outputs)
+            duals = tuple(torch.ones_like(o, requires_grad=True) for o in outputs)
             pulled = _gradients(outputs, inputs, duals, create_graph=True)
             return _gradients(pulled, duals, tangents, create_graph=keep)
 
@@ -113,7 +117,10 @@ class Vjp(_Derived):
         if around.functional:
             call = _restricted(self.base, primals, self.active, self.outputs, style, _INSIDE)
             inputs = tuple(primals[i] for i in self.active)
-            return _conjugated(torch.func.vjp(call, *inputs)[1](cotangents))
+            pull = torch.func.vjp(call, *inputs)[1]
+            # Some backward formulas (of det and solve) are differentiable in grad mode only.
+            with torch.set_grad_enabled(around.differentiated):
+                return _conjugated(pull(cotangents))
         keep = torch.is_grad_enabled()  # an outer derivative records: then this one has to be recorded too
         with torch.enable_grad():
             inputs, outputs = _record(self.base, primals, self.active, self.outputs, style)

@@ -1,0 +1,42 @@
+"""Fixtures: 64-bit JAX by default, because torch is the oracle in float64; `x32` turns it off for a test."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+import torch
+
+jax.config.update("jax_enable_x64", True)
+
+
+@pytest.fixture
+def x32():
+    """JAX as it comes, without 64-bit dtypes."""
+    with jax.enable_x64(False):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _torch_state_is_left_alone():
+    """No call of the library may leave torch's flags changed."""
+
+    def flags() -> tuple[object, ...]:
+        return (
+            torch.is_grad_enabled(),
+            torch.get_default_dtype(),
+            torch.is_autocast_enabled("cpu"),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.backends.mkldnn.enabled,
+            torch.backends.mha.get_fastpath_enabled(),
+            torch.backends.cuda.flash_sdp_enabled(),
+            torch._C._functorch._is_vmap_fallback_enabled(),
+        )
+
+    before = flags()
+    yield
+    assert flags() == before

@@ -1,0 +1,110 @@
+"""How often torch runs under `jax.vmap`."""
+
+from __future__ import annotations
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pytorch2jax import LoopWarning, convert_pytnn_to_jax, torch2jax
+
+
+class Counter:
+    """A torch function that counts its runs on real tensors."""
+
+    def __init__(self, fn):
+        self.fn = fn
+        self.runs = 0
+
+    def __call__(self, *args):
+        self.runs += not isinstance(args[0], torch._subclasses.FakeTensor)
+        return self.fn(*args)
+
+
+def test_a_batch_of_64_is_one_torch_call():
+    counter = Counter(lambda x, w: torch.tanh(x @ w))
+    f = torch2jax(counter)
+    xs, w = jnp.ones((64, 3)), jnp.ones((3, 4))
+    jax.vmap(f, in_axes=(0, None))(xs, w)
+    assert counter.runs == 1
+    jax.jit(jax.vmap(f, in_axes=(0, None)))(xs, w).block_until_ready()
+    assert counter.runs == 2
+
+
+def test_64_per_example_gradients_are_one_torch_call_each_way():
+    counter = Counter(lambda x, w: torch.tanh(x @ w).sum())
+    f = torch2jax(counter)
+    gradient = jax.jit(jax.vmap(jax.grad(f, argnums=1), in_axes=(0, None)))
+    assert gradient(jnp.ones((64, 3)), jnp.ones((3, 4))).shape == (64, 3, 4)
+    assert counter.runs <= 2
+
+
+def test_a_loop_runs_once_for_each_example_and_says_so():
+    lstm = torch.nn.LSTM(3, 4).double()
+    counter = Counter(lambda x: lstm(x)[0])
+    f = torch2jax(counter)
+    with pytest.warns(LoopWarning, match=r"torch.vmap cannot batch it \(RuntimeError: .*lstm.*a loop over the whole"):
+        jax.vmap(f)(jnp.ones((5, 2, 3)))
+    counter.runs = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jax.vmap(f)(jnp.ones((5, 2, 3)))
+    assert counter.runs == 5
+
+
+def test_fused_attention_is_batched_by_rules_not_by_torchs_own_loop():
+    f = torch2jax(lambda x: F.scaled_dot_product_attention(x, x, x))
+    x = jnp.cos(jnp.arange(4 * 2 * 3 * 5.0)).reshape(4, 2, 3, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns where it loops
+        batched = jax.vmap(f)(x)
+    np.testing.assert_allclose(batched, f(x), rtol=1e-10)
+
+
+def test_an_operator_without_a_batching_rule_is_looped_over_inside_torch():
+    f = torch2jax(lambda x: torch.cdist(x, x * 2).sum() + torch.special.i1e(x).sum() + torch.histc(x, 3).sum())
+    x = jnp.arange(12.0).reshape(2, 3, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        batched = jax.vmap(f)(x)
+    np.testing.assert_allclose(batched, [f(x[0]), f(x[1])], rtol=1e-10)
+
+
+def test_an_in_place_write_of_a_batched_value_into_an_unbatched_tensor():
+    def accumulate(x):
+        total = torch.zeros(3, dtype=x.dtype)
+        total += x
+        return total
+
+    with pytest.warns(LoopWarning):
+        result = jax.vmap(torch2jax(accumulate))(jnp.arange(6.0).reshape(2, 3))
+    np.testing.assert_array_equal(result, jnp.arange(6.0).reshape(2, 3))
+
+
+def test_an_empty_batch():
+    f = torch2jax(lambda x: (x.sum(), x * 2))
+    total, double = jax.vmap(f)(jnp.ones((0, 3)))
+    assert total.shape == (0,)
+    assert double.shape == (0, 3)
+    assert jax.vmap(jax.grad(lambda x: f(x)[0]))(jnp.ones((0, 3))).shape == (0, 3)
+
+
+def test_vmap_over_stacked_parameters_is_an_ensemble():
+    models = [torch.nn.Linear(3, 2).double() for _ in range(4)]
+    apply, _ = convert_pytnn_to_jax(models[0])
+    params = jax.tree.map(lambda *p: jnp.stack(p), *(convert_pytnn_to_jax(m)[1] for m in models))
+    x = jnp.arange(3.0)
+    out = jax.vmap(apply, in_axes=(0, None))(params, x)
+    expected = [m(torch.arange(3.0, dtype=torch.float64)).detach().numpy() for m in models]
+    np.testing.assert_allclose(out, expected)
+
+
+def test_vmap_with_an_axis_name_and_a_collective():
+    f = torch2jax(lambda x: x * 2)
+    out = jax.vmap(lambda x: jax.lax.psum(f(x), "batch"), axis_name="batch")(jnp.arange(4.0))
+    np.testing.assert_array_equal(out, [12.0] * 4)
