@@ -20,7 +20,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,7 +52,8 @@ MAX_TOKENS = 20
 BATCH = 32
 EPOCHS = 2
 EVALUATE_EVERY = 15  # steps
-TIMED_STEPS = range(2, 12)  # the training steps that torch takes, too; those before them warm up
+COMPARED_STEPS = 12  # the first ones, which torch takes, too, in turn with JAX
+WARM_UP_STEPS = 2  # of these are not in the times
 ENCODER_RATE = 1e-4
 HEAD_RATE = 1e-2
 WEIGHT_DECAY = 0.01
@@ -68,8 +69,18 @@ LIBRARIES = {
     "scipy.stats": ("scipy.stats",),
     "sklearn": tuple(
         f"sklearn.{name}"
-        for name in "cluster datasets decomposition ensemble feature_selection linear_model metrics neighbors "
-        "preprocessing svm".split()
+        for name in [
+            "cluster",
+            "datasets",
+            "decomposition",
+            "ensemble",
+            "feature_selection",
+            "linear_model",
+            "metrics",
+            "neighbors",
+            "preprocessing",
+            "svm",
+        ]
     ),
     "sympy": ("sympy",),
     "torch": ("torch", "torch.nn", "torch.nn.functional", "torch.linalg", "torch.distributions"),
@@ -346,6 +357,59 @@ def gradient_difference(trainer: Trainer, classifier: TorchClassifier, batch: Sp
 # -- report ---------------------------------------------------------------------------------------------
 
 
+class Results(NamedTuple):
+    """What was measured; the accuracies are shares of the test sentences."""
+
+    output_difference: float
+    gradient_difference: GradientDifference
+    before: float
+    after: float
+    torch_after: float
+    seconds: float
+    torch_seconds: float
+
+
+def failures(results: Results) -> list[str]:
+    """What is not as it should be."""
+    found = []
+    # Written so that a NaN fails.
+    if not results.output_difference <= OUTPUT_TOLERANCE:
+        found.append(f"outputs differ from torch's by {results.output_difference:.1e}, expected {OUTPUT_TOLERANCE:.0e}")
+    if not results.gradient_difference.relative <= GRADIENT_TOLERANCE:
+        error = results.gradient_difference.relative
+        found.append(f"gradients differ from torch's by {error:.1e} of their size, expected {GRADIENT_TOLERANCE:.0e}")
+    if results.after != results.torch_after:
+        found.append(f"the accuracy is {results.after:.2%}, but {results.torch_after:.2%} back in torch")
+    return found
+
+
+def table(results: Results, test_sentences: int) -> Table:
+    """The results as a table."""
+    gradient = results.gradient_difference
+    timed_steps = COMPARED_STEPS - WARM_UP_STEPS
+    shown = Table(title="A torch encoder fine-tuned in Flax", title_justify="left")
+    shown.add_column("Measured")
+    shown.add_column("Value", justify="right")
+    shown.add_column("How", style="dim")
+    shown.add_row("outputs, JAX - torch", f"{results.output_difference:.1e}", "largest difference of a logit")
+    shown.add_row(
+        "gradients, JAX - torch",
+        f"{gradient.relative:.1e}",
+        f"relative, worst of {gradient.leaves} leaves; {gradient.zero_leaves} more are zero up to rounding in both",
+    )
+    shown.add_section()
+    shown.add_row("accuracy before", f"{results.before:.1%}", f"{test_sentences} test sentences, new head")
+    shown.add_row("accuracy after", f"{results.after:.1%}", "JAX")
+    shown.add_row("accuracy after, in torch", f"{results.torch_after:.1%}", "weights written back with load_params")
+    shown.add_section()
+    shown.add_row(
+        "training step, JAX", f"{1000 * results.seconds:.0f} ms", f"median of {timed_steps}, in turn with torch"
+    )
+    shown.add_row("training step, torch", f"{1000 * results.torch_seconds:.0f} ms", "same batches, torch.optim.AdamW")
+    shown.add_row("ratio", f"{results.seconds / results.torch_seconds:.2f}", "JAX / torch")
+    return shown
+
+
 def draw(history: History, torch_accuracy: float) -> None:
     """Save the curves of the training."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
@@ -364,3 +428,40 @@ def draw(history: History, torch_accuracy: float) -> None:
     figure.suptitle("all-MiniLM-L6-v2, a torch module, fine-tuned in a Flax model: which library is a docstring from?")
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(PICTURE, dpi=150)
+
+
+def main() -> None:
+    """Fine-tune, compare with torch, and report."""
+    console = Console()
+    encoder, tokenizer = load_encoder()
+    train_data, test_data = load_sentences(tokenizer)
+    tests = len(test_data.label)
+    console.print(f"{len(train_data.label)} sentences to train on, {tests} to test, from {', '.join(LIBRARIES)}.")
+
+    first_batch = train_data.rows(slice(BATCH))
+    trainer = Trainer(encoder, first_batch)
+    classifier = TorchClassifier(encoder).eval()
+    classifier.load(trainer.params)
+    outputs = output_difference(trainer, classifier, test_data)
+    gradients = gradient_difference(trainer, classifier, first_batch)
+
+    history = train(trainer, TorchTrainer(classifier), train_data, test_data)
+    classifier.load(trainer.params)
+    results = Results(
+        output_difference=outputs,
+        gradient_difference=gradients,
+        before=history.accuracy[0],
+        after=history.accuracy[len(history.loss)],
+        torch_after=torch_correct(classifier, test_data) / tests,
+        seconds=statistics.median(history.seconds),
+        torch_seconds=statistics.median(history.torch_seconds),
+    )
+    draw(history, results.torch_after)
+    console.print(table(results, tests))
+    console.print(f"Curves: {PICTURE}")
+    if failed := failures(results):
+        sys.exit("Failed: " + "; ".join(failed) + ".")
+
+
+if __name__ == "__main__":
+    main()

@@ -32,7 +32,8 @@ def call_in_xla(program: Program, *arrays: Any) -> tuple[Any, ...]:
     Copies: no input; each output once, into the buffer that XLA has for it.
     """
     results = tuple(jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in program.out_specs)
-    return tuple(buffer_callback(_callback(program), results)(*arrays))
+    callback = buffer_callback(_callback(program), results, has_side_effect=program.draws_from_torch)
+    return tuple(callback(*arrays))
 
 
 def _callback(program: Program) -> Callable[..., None]:

@@ -18,7 +18,7 @@ from pytorch2jax._dtypes import canonical_dtype_t2j, dtype_j2t
 from pytorch2jax._errors import InferenceError, LeafTypeError, Pytorch2JaxError
 from pytorch2jax._internals import TorchDispatchMode, fake_tensor_mode
 from pytorch2jax._torch_state import differentiable_kernels
-from pytorch2jax._trees import OutputTree, flatten_output, output_paths, static_outputs
+from pytorch2jax._trees import CONSTANTS, OutputTree, flatten_output, output_paths, static_outputs
 
 
 class Spec(NamedTuple):
@@ -128,7 +128,9 @@ def run_without_graph(call: FlatCall, tensors: list[torch.Tensor]) -> tuple[tupl
     with torch.no_grad():
         try:
             return call(list(tensors)), False
-        except RuntimeError:
+        except RuntimeError as error:
+            if "require grad" not in str(error):
+                raise
             with torch.enable_grad():
                 return call(list(tensors)), True
 
@@ -170,13 +172,10 @@ def as_output_tensor(name: str, path: str, value: Any) -> torch.Tensor:
     return torch.tensor(value, dtype=wide)
 
 
-_STATIC_OUTPUTS = (type(None), str, bytes, torch.dtype, torch.device, torch.Size, np.dtype)
-
-
 def check_static_outputs(name: str, tree: OutputTree) -> None:
     """Raise for parts of an output that are neither tensors nor plain constants."""
     for path, value in static_outputs(tree):
-        if not isinstance(value, _STATIC_OUTPUTS):
+        if value is not None and not isinstance(value, CONSTANTS):
             raise LeafTypeError(
                 f"{name}: {path}: expected tensors, numbers, strings or None in what the function returns, "
                 f"in containers that torch's pytrees know, got {type(value).__name__}. Return its tensors in "

@@ -13,11 +13,13 @@ import jax
 import jax.extend.core
 import torch
 import torch.utils._pytree as torch_pytree
+from jax._src import effects
 from jax.experimental.buffer_callback import ExecutionContext, buffer_callback
 from jax.interpreters import ad, batching, mlir
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
+    "DRAWS_FROM_TORCH",
     "ExecutionContext",
     "Primitive",
     "ShapedArray",
@@ -44,6 +46,22 @@ ShapedArray = jax.core.ShapedArray
 # `torch.from_dlpack` spends half of its time on negotiating streams and copies, which a capsule that XLA
 # has just made for this very call does not need.
 tensor_from_capsule: Callable[[Any], torch.Tensor] = torch._C._from_dlpack
+
+
+
+class DrawsFromTorch(jax.extend.core.Effect):
+    """The effect of drawing from torch's global generator; its text is part of JAX's error messages.
+
+    `jax.checkpoint` refuses it, rightly: it would draw other numbers when it runs the forward again.
+    """
+
+    def __repr__(self) -> str:
+        return "random numbers of torch without a JAX key (pass a key to the torch function, `rng=key`)"
+
+
+DRAWS_FROM_TORCH = DrawsFromTorch()
+effects.lowerable_effects.add_type(DrawsFromTorch)
+effects.control_flow_allowed_effects.add_type(DrawsFromTorch)
 
 # `torch.no_grad()` takes a microsecond, which is a tenth of a small call.
 set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled

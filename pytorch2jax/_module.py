@@ -7,11 +7,12 @@ does not reach it, and nothing stays in it between calls.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import torch
@@ -203,7 +204,7 @@ class _ModuleCall:
         ]
         self._constants = {torch.device("cpu"): [t.cpu() if t.device.type != "meta" else t for t in self._held]}
         self._flags = {None: _training_flags(self._module)}
-        self._leftovers: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
+        self._leftovers: dict[tuple[int, str], _Attribute] = {}
         self._lock = threading.RLock()
         self._depth = 0
 
@@ -241,20 +242,19 @@ class _ModuleCall:
         for tables, placeholder in zip(self._tables, self._placeholders, strict=True):
             for table, name in tables:
                 table[name] = placeholder
-        for attributes, name, value in self._leftovers.values():
-            _put_back(attributes, name, value)
+        for attribute in self._leftovers.values():
+            attribute.put_back()
 
     @contextlib.contextmanager
     def learning(self) -> Iterator[None]:
         """Find out which plain attributes `forward` sets, to put them back after each call."""
-        before = [(m.__dict__, _snapshot(m.__dict__)) for m in self._module.modules()]
+        before = [_Attributes(m) for m in self._module.modules()]
         try:
             yield
         finally:
-            for attributes, old in before:
-                for name in (attributes.keys() | old.keys()).difference(_NOT_PLAIN):
-                    if not _same(attributes.get(name, _MISSING), old.get(name, _MISSING)):
-                        self._leftovers.setdefault((id(attributes), name), (attributes, name, old.get(name, _MISSING)))
+            for attributes in before:
+                for key, attribute in attributes.changes().items():
+                    self._leftovers.setdefault(key, attribute)
 
     def constants(self, device: torch.device) -> list[torch.Tensor]:
         if device not in self._constants:
@@ -263,30 +263,62 @@ class _ModuleCall:
 
 
 _MISSING: Any = object()
-_NOT_PLAIN = ("_parameters", "_buffers", "_modules", "training")
+_CONTAINERS = (list, dict, set, collections.OrderedDict)
 
 
-def _snapshot(attributes: dict[str, Any]) -> dict[str, Any]:
-    """The plain attributes of a module, with shallow copies of the containers among them."""
-    return {
-        name: type(value)(value) if type(value) in (list, dict, set) else value
-        for name, value in attributes.items()
-        if name not in _NOT_PLAIN
-    }
+class _Attribute(NamedTuple):
+    """A plain attribute of a module as it was: its value, and the contents of a container."""
+
+    attributes: dict[str, Any]
+    name: str
+    value: Any
+    contents: Any
+
+    def is_unchanged(self) -> bool:
+        value = self.attributes.get(self.name, _MISSING)
+        if value is not self.value:
+            return False
+        if self.contents is None:
+            return True
+        new, old = (list(c.items()) if isinstance(c, dict) else list(c) for c in (value, self.contents))
+        flat = [(a, b) for x, y in zip(new, old, strict=False) for a, b in zip(_parts(x), _parts(y), strict=False)]
+        return len(new) == len(old) and all(a is b for a, b in flat)
+
+    def put_back(self) -> None:
+        if self.value is _MISSING:
+            self.attributes.pop(self.name, None)
+            return
+        self.attributes[self.name] = self.value
+        if self.contents is not None:
+            self.value.clear()
+            (self.value.extend if isinstance(self.value, list) else self.value.update)(self.contents)
 
 
-def _same(new: Any, old: Any) -> bool:
-    if type(new) in (list, dict, set) and type(new) is type(old):
-        items = (lambda c: [x for kv in c.items() for x in kv]) if isinstance(new, dict) else list
-        return len(new) == len(old) and all(a is b for a, b in zip(items(new), items(old), strict=True))
-    return new is old
+def _parts(item: Any) -> tuple[Any, ...]:
+    return item if isinstance(item, tuple) else (item,)
 
 
-def _put_back(attributes: dict[str, Any], name: str, value: Any) -> None:
-    if value is _MISSING:
-        attributes.pop(name, None)
-    else:
-        attributes[name] = type(value)(value) if type(value) in (list, dict, set) else value
+class _Attributes:
+    """The plain attributes of a module: not its parameters, buffers, submodules and train flag."""
+
+    _OTHER = ("_parameters", "_buffers", "_modules", "training")
+
+    def __init__(self, module: nn.Module) -> None:
+        self._dict = module.__dict__
+        self._before = {name: self._get(name) for name in self._names()}
+
+    def _names(self) -> set[str]:
+        return self._dict.keys() - self._OTHER
+
+    def _get(self, name: str) -> _Attribute:
+        value = self._dict.get(name, _MISSING)
+        return _Attribute(self._dict, name, value, copy.copy(value) if type(value) in _CONTAINERS else None)
+
+    def changes(self) -> dict[tuple[int, str], _Attribute]:
+        """The attributes that have changed since, as they were before."""
+        for name in self._names() - self._before.keys():
+            self._before[name] = _Attribute(self._dict, name, _MISSING, None)
+        return {(id(self._dict), n): old for n, old in self._before.items() if not old.is_unchanged()}
 
 
 def _training_flags(module: nn.Module) -> list[tuple[dict[str, Any], bool]]:

@@ -19,9 +19,8 @@ from typing import Any
 import jax
 
 from pytorch2jax._bridge import call_in_xla, original_error
-from pytorch2jax._internals import Primitive, ShapedArray, ad, batching, mlir
+from pytorch2jax._internals import DRAWS_FROM_TORCH, Primitive, ShapedArray, ad, batching, mlir
 from pytorch2jax._program import Program
-from pytorch2jax._rng import SeedDraw
 from pytorch2jax._transfer import check_one_device
 from pytorch2jax._transforms import Jvp, Vmap, inexact_outputs, transposed
 
@@ -46,7 +45,7 @@ def _impl(*arrays: Any, program: Program) -> list[Any]:
     try:
         # Waiting costs nothing on CPU, where torch has done its work by then, and shows errors here.
         return jax.block_until_ready(program.compiled(*arrays))
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # which of them depends on jax's dispatch path
         original = original_error(error)
         if original is None:
             raise
@@ -59,11 +58,12 @@ torch_call_p.def_impl(_impl)
 # -- abstract eval --------------------------------------------------------------------------------------
 
 
-def _abstract_eval(*avals: Any, program: Program) -> list[ShapedArray]:
-    return [ShapedArray(spec.shape, spec.dtype) for spec in program.out_specs]
+def _abstract_eval(*avals: Any, program: Program) -> tuple[list[ShapedArray], set[Any]]:
+    effects = {DRAWS_FROM_TORCH} if program.draws_from_torch else set()
+    return [ShapedArray(spec.shape, spec.dtype) for spec in program.out_specs], effects
 
 
-torch_call_p.def_abstract_eval(_abstract_eval)
+torch_call_p.def_effectful_abstract_eval(_abstract_eval)
 
 
 # -- lowering -------------------------------------------------------------------------------------------
@@ -132,12 +132,9 @@ ad.primitive_transposes[torch_call_p] = _transpose
 # -- batching -------------------------------------------------------------------------------------------
 
 
-def _batch(inputs: Sequence[Any], dims: Sequence[Any], *, program: Program) -> tuple[list[Any], list[int | None]]:
+def _batch(inputs: Sequence[Any], dims: Sequence[Any], *, program: Program) -> tuple[list[Any], list[int]]:
     in_dims = tuple(dims)  # None: not batched
     size = next(x.shape[d] for x, d in zip(inputs, in_dims, strict=True) if d is not None)
-    if isinstance(program, SeedDraw):
-        drawing, none = program.batched(in_dims, size)
-        return torch_call(drawing, *inputs), list(none)
     out_dims = (0,) * len(program.out_specs)
     return torch_call(program.derive(Vmap, in_dims, out_dims, size), *inputs), list(out_dims)
 

@@ -7,7 +7,6 @@ backward get the same array, hence the same masks, and torch's own generators ar
 from __future__ import annotations
 
 import contextlib
-import itertools
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -64,18 +63,17 @@ def _draw_seed() -> torch.Tensor:
 class SeedDraw(RootProgram):
     """Takes a seed from torch's global generator, for random functions that were given no key.
 
-    Each use is a program of its own, and takes the call's inputs, so that XLA neither merges two of them nor
-    moves one out of a loop. A batch has one seed, from which its examples draw one after the other.
+    It has no inputs, so that a batch has one seed, from which its examples draw one after the other.
     """
 
     name = "seed"
+    draws_from_torch = True
     vmap_randomness = "same"
-    _numbers = itertools.count()
 
-    def __init__(self, in_specs: tuple[Spec, ...]) -> None:
-        super().__init__((next(self._numbers),))
+    def __init__(self) -> None:
+        super().__init__(())
         self.state = capture_torch_state()
-        self.in_specs = in_specs
+        self.in_specs = ()
         self.out_specs = (Spec((2,), np.dtype("uint32")),)
         self.compiled = lambda *_: [jnp.asarray(_draw_seed().numpy().astype(np.uint32))]
 
@@ -95,9 +93,5 @@ class SeedDraw(RootProgram):
     def run(self, tensors: Sequence[torch.Tensor], style: Style, around: Around) -> Tensors:
         return (_draw_seed(),)
 
-    def batched(self, in_dims: tuple[int | None, ...], size: int) -> tuple[SeedDraw, tuple[int | None, ...]]:
-        specs = tuple(
-            spec if d is None else Spec((*spec.shape[:d], size, *spec.shape[d:]), spec.dtype)
-            for spec, d in zip(self.in_specs, in_dims, strict=True)
-        )
-        return SeedDraw(specs), (None,)
+
+SEED_DRAW = SeedDraw()

@@ -12,10 +12,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import torch
 
 from pytorch2jax._internals import flatten_torch_node, is_torch_node, torch_node_type, unflatten_torch_node
 
 PATH_SEPARATOR = "."
+
+# What may be part of an output besides tensors and numbers.
+CONSTANTS = (str, bytes, torch.dtype, torch.device, torch.Size, np.dtype)
 
 
 class OutputTree(NamedTuple):
@@ -112,7 +116,7 @@ def _new_dataclass(cls: type, names: Sequence[str], values: Sequence[Any]) -> An
 class _Context:
     """A torch pytree context as JAX wants its auxiliary data: hashable and comparable."""
 
-    def __init__(self, tree: tuple[str, Any, Any]) -> None:
+    def __init__(self, tree: tuple[Any, ...]) -> None:
         self.tree = tree
 
     def __eq__(self, other: object) -> bool:
@@ -134,15 +138,24 @@ def _register_with_jax(value: Any) -> None:
     def flatten(node: Any) -> tuple[list[Any], _Context]:
         if is_torch_node(node):
             children, context = flatten_torch_node(node)
-            return children, _Context(("torch", torch_node_type(node), context))
-        names = tuple(field.name for field in dataclasses.fields(node))
-        return [getattr(node, name) for name in names], _Context(("dataclass", type(node), names))
+            kind, node_type = "torch", torch_node_type(node)
+        else:
+            context = tuple(field.name for field in dataclasses.fields(node))
+            children = [getattr(node, name) for name in context]
+            kind, node_type = "dataclass", type(node)
+        # Strings and the like would be leaves that JAX refuses: they go with the auxiliary data.
+        static = tuple((i, child) for i, child in enumerate(children) if isinstance(child, CONSTANTS))
+        dynamic = [child for child in children if not isinstance(child, CONSTANTS)]
+        return dynamic, _Context((kind, node_type, context, static))
 
-    def unflatten(aux: _Context, children: Sequence[Any]) -> Any:
-        kind, node_type, context = aux.tree
+    def unflatten(aux: _Context, dynamic: Sequence[Any]) -> Any:
+        kind, node_type, context, static = aux.tree
+        children = list(dynamic)
+        for index, child in static:
+            children.insert(index, child)
         if kind == "dataclass":
-            return _new_dataclass(node_type, context, list(children))
-        return unflatten_torch_node(node_type, list(children), context)
+            return _new_dataclass(node_type, context, children)
+        return unflatten_torch_node(node_type, children, context)
 
     jax.tree_util.register_pytree_node(type(value), flatten, unflatten)
 

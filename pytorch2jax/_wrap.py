@@ -15,7 +15,7 @@ from pytorch2jax._dtypes import canonical_dtype_t2j
 from pytorch2jax._errors import LeafTypeError
 from pytorch2jax._function import TorchFunction, spec_of, take_apart
 from pytorch2jax._primitive import torch_call
-from pytorch2jax._rng import SeedDraw, seed_from_key
+from pytorch2jax._rng import SEED_DRAW, seed_from_key
 from pytorch2jax._trees import is_static
 
 
@@ -91,7 +91,7 @@ def torch2jax(
         if key is not None:
             seed = seed_from_key(name, key)
         elif program.inferred.random:
-            seed = torch_call(SeedDraw(program.in_specs), *inputs)[0]
+            seed = torch_call(SEED_DRAW)[0]
         else:
             return program.rebuild(torch_call(program, *inputs))[0]
         program = program.with_seed(seed.shape[0], shared=key is not None)

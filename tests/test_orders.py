@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import jax
 import jax.flatten_util
-import jax.test_util
 import jax.numpy as jnp
+import jax.test_util
 import numpy as np
 import pytest
 import torch
@@ -71,7 +71,9 @@ def test_second_order(problem, outer, inner):
     np.testing.assert_allclose(jax.jit(outer(first, v))(x), outer(first, v)(x), rtol=1e-10)
 
 
-@pytest.mark.parametrize("modes", [(reverse, reverse, reverse), (forward, reverse, forward), (reverse, forward, forward)])
+@pytest.mark.parametrize(
+    "modes", [(reverse, reverse, reverse), (forward, reverse, forward), (reverse, forward, forward)]
+)
 def test_third_order(problem, modes, request):
     if "determinant" in request.node.name and modes == (forward, reverse, forward):
         pytest.skip("torch's fourth derivative formula of det, which this takes, is 0 / 0")
@@ -118,7 +120,9 @@ def test_complex_derivatives_follow_jax():
         np.testing.assert_allclose(ours, theirs)
     # A real input of a complex function, and the second derivative.
     real = jnp.arange(1.0, 4.0)
-    np.testing.assert_allclose(jax.vjp(lambda r: f(r + 0j, y), real)[1](c)[0], jax.vjp(lambda r: in_jax(r + 0j, y), real)[1](c)[0])
+    np.testing.assert_allclose(
+        jax.vjp(lambda r: f(r + 0j, y), real)[1](c)[0], jax.vjp(lambda r: in_jax(r + 0j, y), real)[1](c)[0]
+    )
     second = jax.grad(lambda x: jnp.abs(jax.grad(lambda x: jnp.abs(f(x, y)).sum())(x)).sum())(x)
     expected = jax.grad(lambda x: jnp.abs(jax.grad(lambda x: jnp.abs(in_jax(x, y)).sum())(x)).sum())(x)
     np.testing.assert_allclose(second, expected)

@@ -1,0 +1,404 @@
+"""`convert_pytnn_to_jax`, and the way back."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pytorch2jax import (
+    ConversionError,
+    MissingLeafError,
+    StateError,
+    StructureError,
+    convert_pytnn_to_jax,
+    load_params,
+    params_to_state_dict,
+    torch2jax,
+    trainable_mask,
+)
+
+
+class Tied(nn.Module):
+    """Tied weights, a submodule under two names, a frozen weight, two kinds of buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.body = nn.Linear(4, 4)
+        self.alias = self.body
+        self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embed.weight
+        self.body.bias.requires_grad_(False)
+        self.register_buffer("scale", torch.full((4,), 2.0))
+        self.register_buffer("mask", torch.tensor([True, False, True, True]), persistent=False)
+        self.register_buffer("nothing", None)
+
+    def forward(self, i):
+        return self.head(self.alias(self.body(self.embed(i)).tanh()) * self.scale * self.mask)
+
+
+MODULES = {
+    "linear": (lambda: nn.Linear(3, 2), (4, 3)),
+    "mlp": (lambda: nn.Sequential(nn.Linear(3, 5), nn.GELU(), nn.LayerNorm(5), nn.Linear(5, 2)), (4, 3)),
+    "convolution": (lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten()), (2, 2, 5, 5)),
+    "lstm": (lambda: nn.LSTM(3, 4, num_layers=2, batch_first=True, bidirectional=True), (2, 5, 3)),
+    "gru": (lambda: nn.GRU(3, 4), (2, 5, 3)),
+    "attention": (lambda: SelfAttention(), (2, 5, 8)),
+    "encoder": (lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.1, batch_first=True), 2), (2, 5, 8)),
+    "weight_norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), (4, 3)),
+    "old weight_norm": (lambda: nn.utils.weight_norm(nn.Linear(3, 2)), (4, 3)),
+    "spectral_norm": (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2)), (4, 3)),
+    "parameter list": (lambda: Lists(), (4, 3)),
+    "checkpointed": (lambda: Checkpointed(), (4, 3)),
+}
+
+
+class SelfAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x)
+
+
+class Lists(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.ParameterList([torch.randn(3), torch.randn(3)])
+        self.table = nn.ParameterDict({"a": torch.randn(3)})
+
+    def forward(self, x):
+        return x * self.weights[0] + self.weights[1] * self.table["a"]
+
+
+class Checkpointed(nn.Module):
+    """Runs part of its forward again during backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(lambda x: self.linear(x).tanh(), x, use_reentrant=False)
+
+
+@pytest.fixture(params=MODULES)
+def converted(request):
+    make, shape = MODULES[request.param]
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = make().eval()
+    x = torch.randn(shape)
+    return model, convert_pytnn_to_jax(model), x
+
+
+def numpy_leaves(out):
+    return [np.asarray(t.detach()) for t in jax.tree.leaves(out, is_leaf=lambda x: isinstance(x, torch.Tensor))]
+
+
+def test_outputs_equal_torch(converted):
+    model, (apply, params), x = converted
+    expected = numpy_leaves(model(x))
+    for call in (apply, jax.jit(apply)):
+        out = jax.tree.leaves(call(params, jnp.asarray(x.numpy())))
+        for ours, theirs in zip(out, expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-6)
+
+
+def test_gradients_equal_torch(converted):
+    model, (apply, params), x = converted
+
+    def loss(params, x):
+        return sum((y.astype(jnp.float32) ** 2).sum() for y in jax.tree.leaves(apply(params, x)))
+
+    live = x.clone().requires_grad_()
+    out = jax.tree.leaves(model(live), is_leaf=lambda t: isinstance(t, torch.Tensor))
+    sum((y**2).sum() for y in out).backward()
+    gradient, in_x = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, jnp.asarray(x.numpy()))
+    np.testing.assert_allclose(in_x, live.grad, rtol=2e-4, atol=2e-5)
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    got = {".".join(k.key for k in path): g for path, g in jax.tree_util.tree_leaves_with_path(gradient)}
+    assert got.keys() == expected.keys()
+    for name, g in expected.items():
+        np.testing.assert_allclose(got[name], g if g is not None else 0 * got[name], rtol=2e-4, atol=2e-5)
+
+
+def test_params_are_nested_by_module_path_with_torchs_names(converted):
+    model, (_, params), _ = converted
+    names = {".".join(k.key for k in path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+    assert names == {name for name, _ in model.named_parameters()}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        tensor = model.get_parameter(".".join(k.key for k in path))
+        np.testing.assert_array_equal(leaf, tensor.detach())
+
+
+def test_the_model_is_left_as_it_was(converted):
+    model, (apply, params), x = converted
+    before = copy.deepcopy(model.state_dict())
+    training = [m.training for m in model.modules()]
+    apply(params, jnp.asarray(x.numpy()))
+    jax.grad(lambda p: jax.tree.leaves(apply(p, jnp.asarray(x.numpy())))[0].sum())(params)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    assert [m.training for m in model.modules()] == training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_state_dict_round_trip(converted):
+    model, (_, params), x = converted
+    doubled = jax.tree.map(lambda p: 2 * p, params)
+    state_dict = params_to_state_dict(model, doubled)
+    assert state_dict.keys() == model.state_dict().keys()
+    other = copy.deepcopy(model) if not any("weight_g" in n for n in state_dict) else model
+    other.load_state_dict(state_dict)
+    for name, p in other.named_parameters():
+        np.testing.assert_array_equal(p.detach(), jax.tree_util.tree_reduce(lambda _, x: x, pick(doubled, name)))
+
+
+def pick(tree, name):
+    for key in name.split("."):
+        tree = tree[key]
+    return tree
+
+
+def test_tied_shared_frozen_and_buffers():
+    model = Tied().eval()
+    apply, params, state = convert_pytnn_to_jax(model, with_state=True)
+    assert jax.tree.map(jnp.shape, params) == {
+        "embed": {"weight": (7, 4)},
+        "body": {"weight": (4, 4), "bias": (4,)},
+    }
+    assert jax.tree.map(jnp.shape, state) == {"scale": (4,), "mask": (4,)}
+    assert trainable_mask(model) == {"embed": {"weight": True}, "body": {"weight": True, "bias": False}}
+
+    i = torch.tensor([1, 2, 6])
+    loss = (model(i) ** 2).sum()
+    loss.backward()
+    gradient = jax.jit(jax.grad(lambda p: (apply(p, state, jnp.array([1, 2, 6]))[0] ** 2).sum()))(params)
+    np.testing.assert_allclose(gradient["embed"]["weight"], model.embed.weight.grad, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(gradient["body"]["weight"], model.body.weight.grad, rtol=1e-5, atol=1e-6)
+
+    changed = jax.tree.map(lambda p: p + 1, params)
+    state_dict = params_to_state_dict(model, changed)
+    assert list(state_dict) == list(model.state_dict())
+    np.testing.assert_array_equal(state_dict["head.weight"], changed["embed"]["weight"])
+    np.testing.assert_array_equal(state_dict["alias.bias"], changed["body"]["bias"])
+    embedding = model.embed.weight
+    load_params(model, changed, {**state, "scale": state["scale"] * 3})
+    assert model.embed.weight is embedding is model.head.weight
+    np.testing.assert_array_equal(model.scale, 6.0)
+    np.testing.assert_allclose(
+        apply(changed, {**state, "scale": state["scale"] * 3}, jnp.array([1, 2, 6]))[0], model(i).detach(), rtol=1e-5
+    )
+
+
+def test_buffers_inside_when_they_are_no_argument():
+    model = Tied().eval()
+    apply, params = convert_pytnn_to_jax(model)
+    expected = model(torch.tensor([1, 2])).detach()
+    model.scale.zero_()
+    np.testing.assert_allclose(apply(params, jnp.array([1, 2])), expected, rtol=1e-6)
+
+
+def test_the_optax_loop_equals_torch():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1)).double()
+    apply, params, state = convert_pytnn_to_jax(model, with_state=True)
+    x, y = torch.randn(16, 3).double(), torch.randn(16, 1).double()
+    tx = optax.sgd(0.1, momentum=0.9)
+
+    @jax.jit
+    def step(params, state, opt_state, x, y):
+        def loss(params):
+            out, new_state = apply(params, state, x, train=True)
+            return ((out - y) ** 2).mean(), new_state
+
+        gradient, new_state = jax.grad(loss, has_aux=True)(params)
+        updates, opt_state = tx.update(gradient, opt_state)
+        return optax.apply_updates(params, updates), new_state, opt_state
+
+    opt_state = tx.init(params)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    model.train()
+    xj, yj = jnp.asarray(x.numpy()), jnp.asarray(y.numpy())
+    for _ in range(10):
+        params, state, opt_state = step(params, state, opt_state, xj, yj)
+        optimizer.zero_grad()
+        F.mse_loss(model(x), y).backward()
+        optimizer.step()
+    for name, tensor in params_to_state_dict(model, params, state).items():
+        torch.testing.assert_close(tensor, model.state_dict()[name], rtol=1e-9, atol=1e-10)
+    assert state["1"]["num_batches_tracked"] == 10
+
+
+def test_train_flags():
+    class Flags(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Identity()
+
+        def forward(self, x):
+            return x + (1 if self.training else 0) + (10 if self.inner.training else 0)
+
+    model = Flags().train()
+    model.inner.eval()
+    apply, params = convert_pytnn_to_jax(model)
+    model.eval()
+    x = jnp.zeros(())
+    assert [float(apply(params, x, train=flag)) for flag in (False, True, None, False, None)] == [0, 11, 1, 0, 1]
+
+
+def test_narrow_parameters_are_wide_again_inside_torch(x32):
+    seen = []
+
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3, dtype=torch.float64))
+            self.register_buffer("index", torch.tensor([2, 0]))
+
+        def forward(self, x):
+            seen.append((self.weight.dtype, self.index.dtype, x.dtype))
+            return (self.weight * x)[self.index]
+
+    apply, params, state = convert_pytnn_to_jax(Wide(), with_state=True)
+    assert params["weight"].dtype == jnp.float32
+    assert state["index"].dtype == jnp.int32
+    out, _ = apply(params, state, jnp.ones(3))
+    assert out.dtype == jnp.float32
+    assert set(seen) == {(torch.float64, torch.int64, torch.float32)}
+    assert jax.grad(lambda p: apply(p, state, jnp.ones(3))[0].sum())(params)["weight"].tolist() == [1.0, 0.0, 1.0]
+    # Parameters that the user has cast stay as they are.
+    seen.clear()
+    apply(jax.tree.map(lambda p: p.astype(jnp.bfloat16), params), state, jnp.ones(3))
+    assert {s[0] for s in seen} == {torch.bfloat16}
+
+
+def test_plain_attributes_do_not_keep_anything():
+    class Remembers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last = None
+            self.history = []
+
+        def forward(self, x):
+            self.last = x * 2
+            self.history.append(self.last)
+            return self.last + len(self.history)
+
+    apply, params = convert_pytnn_to_jax(Remembers())
+    assert [float(apply(params, jnp.array(1.0))) for _ in range(3)] == [3.0, 3.0, 3.0]
+
+
+def test_wrong_trees():
+    apply, params = convert_pytnn_to_jax(nn.Sequential(nn.Linear(3, 2)))
+    x = jnp.ones((1, 3))
+    with pytest.raises(MissingLeafError, match=r"Sequential: params\.0\.bias: missing\..*as the conversion returned"):
+        apply({"0": {"weight": params["0"]["weight"]}}, x)
+    with pytest.raises(KeyError):
+        apply({}, x)
+    with pytest.raises(StructureError, match=r"params\.0\.extra: the model has no such tensor"):
+        apply({"0": {**params["0"], "extra": x}}, x)
+    with pytest.raises(StructureError, match=r"params\.0\.weight: expected shape \(2, 3\), got \(3, 2\)"):
+        apply({"0": {**params["0"], "weight": jnp.ones((3, 2))}}, x)
+    with pytest.raises(TypeError, match=r"params\.0\.weight: expected an array, got str"):
+        apply({"0": {**params["0"], "weight": "w"}}, x)
+    with pytest.raises(MissingLeafError, match="got list"):
+        apply([1], x)
+    model = nn.Linear(3, 2)
+    with pytest.raises(MissingLeafError, match=r"load_params: params\.bias"):
+        load_params(model, {"weight": jnp.ones((2, 3))})
+    before = model.weight.detach().clone()
+    with pytest.raises(StructureError):
+        load_params(model, {"weight": jnp.ones((2, 3)), "bias": jnp.ones(3)})
+    assert torch.equal(model.weight, before)  # nothing is written
+    with pytest.raises(MissingLeafError, match="params_to_state_dict"):
+        params_to_state_dict(model, {})
+
+
+def test_other_mappings_and_numpy_leaves():
+    import flax
+
+    apply, params = convert_pytnn_to_jax(nn.Linear(3, 2))
+    x = jnp.ones((1, 3), jnp.float32)
+    expected = apply(params, x)
+    np.testing.assert_array_equal(apply(flax.core.freeze(params), x), expected)
+    np.testing.assert_array_equal(apply(jax.tree.map(np.asarray, params), x), expected)
+
+
+def test_state_that_nobody_asked_for():
+    apply, params = convert_pytnn_to_jax(nn.BatchNorm1d(3))
+    with pytest.raises(StateError, match=r"state\.running_mean.*with_state=True"):
+        apply(params, jnp.ones((4, 3)), train=True)
+    apply(params, jnp.ones((4, 3), jnp.float32))
+
+
+def test_what_cannot_be_converted():
+    with pytest.raises(ConversionError, match="expected a torch.nn.Module, got function"):
+        convert_pytnn_to_jax(lambda x: x)
+    with pytest.raises(ConversionError, match="lazy module has no parameters yet"):
+        convert_pytnn_to_jax(nn.Sequential(nn.LazyLinear(3)))
+    with pytest.raises(ConversionError, match="TorchScript"):
+        convert_pytnn_to_jax(torch.jit.script(nn.Linear(2, 2)))
+    model = nn.Linear(2, 2)
+    model.lock = __import__("threading").Lock()
+    with pytest.raises(ConversionError, match=r"copy.deepcopy.*TypeError"):
+        convert_pytnn_to_jax(model)
+    with pytest.raises(TypeError):
+        convert_pytnn_to_jax(None)
+
+
+def test_a_lazy_module_that_has_run():
+    model = nn.Sequential(nn.LazyLinear(3))
+    model(torch.ones(1, 2))
+    apply, params = convert_pytnn_to_jax(model)
+    assert apply(params, jnp.ones((4, 2), jnp.float32)).shape == (4, 3)
+
+
+def test_scripted_modules_run_with_their_weights_as_constants():
+    model = torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.Tanh()).double())
+    f = torch2jax(model)
+    x = torch.randn(3, 2, dtype=torch.float64)
+    live = x.clone().requires_grad_()
+    model(live).sum().backward()
+    np.testing.assert_allclose(f(jnp.asarray(x.numpy())), model(x).detach())
+    np.testing.assert_allclose(jax.grad(lambda x: f(x).sum())(jnp.asarray(x.numpy())), live.grad)
+
+
+def test_autocast_is_taken_along():
+    apply, params = convert_pytnn_to_jax(nn.Linear(3, 2))
+    x = jnp.ones((1, 3), jnp.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert apply(params, x).dtype == jnp.bfloat16
+        jitted = jax.jit(apply)
+        assert jitted(params, x).dtype == jnp.bfloat16
+    assert jitted(params, x).dtype == jnp.bfloat16  # as it was traced
+    assert apply(params, x).dtype == jnp.float32
+    plain = jax.jit(lambda p, x: apply(p, x))
+    plain(params, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert plain(params, x).dtype == jnp.float32
+
+
+def test_default_dtype_is_taken_along():
+    f = torch2jax(lambda x: torch.zeros(2) + x)
+    x = jnp.ones(2, jnp.float32)
+    torch.set_default_dtype(torch.float64)
+    try:
+        jitted = jax.jit(f)
+        assert jitted(x).dtype == jnp.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert jitted(x + 1).dtype == jnp.float64
+    assert f(x).dtype == jnp.float32

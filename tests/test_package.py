@@ -1,0 +1,245 @@
+"""Imports, lifetime, documentation: what the package does as a package."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import gc
+import importlib
+import os
+import pathlib
+import pkgutil
+import re
+import subprocess
+import sys
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import pytorch2jax
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "pytorch2jax"
+
+
+def run(program, **env):
+    """Run a program in a process of its own, outside of the checkout."""
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+HIDE = """
+import sys
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {hidden!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Hide())
+"""
+
+ONLY_JAX_AND_TORCH = """
+import jax.numpy as jnp, torch
+import pytorch2jax
+assert not {"flax", "equinox", "optax", "transformers"} & set(sys.modules)
+apply, params = pytorch2jax.convert_pytnn_to_jax(torch.nn.Linear(2, 2))
+apply(params, jnp.ones(2))
+try:
+    pytorch2jax.convert_pytnn_to_flax
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_without_flax():
+    done = run(HIDE.format(hidden=("flax", "equinox", "optax", "transformers")) + ONLY_JAX_AND_TORCH)
+    assert done.returncode == 0, done.stderr
+    assert "pip install 'pytorch2jax[flax]'" in done.stdout
+
+
+def test_the_test_without_flax_can_fail():
+    done = run(HIDE.format(hidden=()) + ONLY_JAX_AND_TORCH)
+    assert done.returncode == 0, done.stderr
+    assert "pip install" not in done.stdout
+    hidden = run(HIDE.format(hidden=("torch",)) + ONLY_JAX_AND_TORCH)
+    assert hidden.returncode != 0
+
+
+GLOBALS = """
+import os, sys, warnings, threading, logging, torch, jax
+import jax.experimental.buffer_callback
+def settings():
+    return (
+        dict(jax.config.values), torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(),
+        torch.are_deterministic_algorithms_enabled(), torch.get_rng_state().tolist(), torch.backends.mkldnn.enabled,
+        torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled(), dict(os.environ),
+        list(warnings.filters), logging.root.level, sys.excepthook, threading.active_count(), sys.getrecursionlimit(),
+    )
+before = settings()
+import pytorch2jax
+{more}
+after = settings()
+assert before == after, [(b, a) for b, a in zip(before, after) if a != b]
+assert not jax._src.xla_bridge.backends_are_initialized()
+"""
+
+
+def test_importing_changes_no_setting():
+    done = run(GLOBALS.format(more=""))
+    assert done.returncode == 0, done.stderr
+    changed = run(GLOBALS.format(more="torch.set_num_threads(1 + torch.get_num_threads())"))
+    assert changed.returncode != 0
+
+
+# -- the house ---------------------------------------------------------------------------------------------
+
+ORDER = [
+    "_errors",
+    "_internals",
+    "_dtypes",
+    "_transfer",
+    "_trees",
+    "_torch_state",
+    "_composite",
+    "_inference",
+    "_program",
+    "_rng",
+    "_function",
+    "_bridge",
+    "_transforms",
+    "_primitive",
+    "_params",
+    "_module",
+    "_wrap",
+    "compat",
+]
+ADAPTERS = {"flax": {"_errors", "_module", "_params"}}
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def ours(path):
+    return {m.removeprefix("pytorch2jax.") for m in imported(path) if m.startswith("pytorch2jax.")}
+
+
+def test_every_module_has_its_place():
+    assert {p.stem for p in PACKAGE.glob("*.py")} == {*ORDER, "__init__"}
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_imports_run_down_the_list(name):
+    assert ours(PACKAGE / f"{name}.py") <= set(ORDER[: ORDER.index(name)])
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_adapters_know_the_modules_and_their_own_framework(adapter):
+    for path in (PACKAGE / adapter).glob("*.py"):
+        foreign = {m for m in ours(path) if not m.startswith(f"{adapter}.")}
+        assert foreign <= ADAPTERS[adapter]
+
+
+PRIVATE = re.compile(r"^(jax|torch|flax)(\..*)?\._|^jax\.interpreters|^jax\.extend|^jax\.experimental")
+
+
+@pytest.mark.parametrize("path", [p for p in PACKAGE.rglob("*.py") if p.name != "_internals.py"], ids=lambda p: p.stem)
+def test_private_names_live_in_one_file(path):
+    assert not [m for m in imported(path) if PRIVATE.match(m)]
+
+
+# -- lifetime ----------------------------------------------------------------------------------------------
+
+
+def test_wrapped_functions_are_freed():
+    class Function:
+        def __init__(self):
+            self.weight = torch.ones(1000)
+
+        def __call__(self, x):
+            return torch.sin(x) * self.weight[0]
+
+    function = Function()
+    alive = weakref.ref(function)
+    f = pytorch2jax.torch2jax(function)
+    x = jnp.ones(3)
+    f(x)
+    jax.jit(f)(x)
+    jax.grad(lambda x: f(x).sum())(x)
+    jax.jit(jax.vmap(jax.grad(lambda x: f(x).sum())))(jnp.ones((2, 3)))
+    del f, function
+    gc.collect()
+    jax.clear_caches()
+    gc.collect()
+    assert alive() is None
+
+
+def test_converted_modules_and_their_weights_are_freed():
+    model = torch.nn.Linear(3, 3)
+    apply, params = pytorch2jax.convert_pytnn_to_jax(model)
+    x = jnp.ones(3, jnp.float32)
+    apply(params, x)
+    jax.jit(apply)(params, x)
+    skeleton = weakref.ref(apply.__closure__[0].cell_contents)
+    weight, original = weakref.ref(params["weight"]), weakref.ref(model)
+    del params, model
+    gc.collect()
+    assert weight() is None
+    assert original() is None
+    del apply
+    jax.clear_caches()
+    gc.collect()
+    assert skeleton() is None
+
+
+# -- documentation -------------------------------------------------------------------------------------------
+
+
+def public_modules():
+    for info in pkgutil.walk_packages(pytorch2jax.__path__, "pytorch2jax."):
+        yield importlib.import_module(info.name)
+
+
+@pytest.mark.parametrize("module", list(public_modules()), ids=lambda m: m.__name__)
+def test_doctests(module, x32):
+    torch.manual_seed(0)
+    result = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("name", [n for n in pytorch2jax.__all__ if n != "Size"])
+def test_public_names_are_documented(name):
+    value = getattr(pytorch2jax, name)
+    assert value.__doc__
+    if callable(value) and not isinstance(value, type):
+        for heading in ("Args:", "Returns:", "Example:"):
+            assert heading in value.__doc__, heading
+
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("block", range(len(BLOCKS)))
+def test_readme_blocks_run(block, x32, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    np.random.seed(0)
+    exec(compile(BLOCKS[block], f"README.md, block {block}", "exec"), {"__name__": "__readme__"})
+
+
+def test_the_version_stands_in_the_changelog():
+    assert f"## {pytorch2jax.__version__}" in (ROOT / "CHANGELOG.md").read_text()

@@ -1,0 +1,167 @@
+"""Random numbers: from the key that was passed, the same in a forward and its gradient."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pytorch2jax import LoopWarning, RandomnessError, convert_pytnn_to_jax, torch2jax
+
+MODELS = [
+    lambda: nn.Dropout(0.5),
+    lambda: nn.Sequential(nn.Linear(50, 50), nn.Dropout(0.3), nn.AlphaDropout(0.3)),
+    lambda: nn.RReLU(0.1, 0.9),
+    lambda: Noise(),
+    lambda: nn.TransformerEncoderLayer(50, 2, 16, 0.5, batch_first=True),
+]
+X = jnp.cos(jnp.arange(200.0, dtype=jnp.float32)).reshape(4, 50)
+KEY = jax.random.key(3)
+
+
+class Noise(nn.Module):
+    def forward(self, x):
+        keep = torch.multinomial(torch.ones(2), 1).to(x.dtype)
+        return x * torch.randn_like(x) + keep + torch.rand(1)
+
+
+@pytest.fixture(params=range(len(MODELS)))
+def model(request):
+    torch.manual_seed(0)
+    return convert_pytnn_to_jax(MODELS[request.param]())
+
+
+def test_same_key_same_numbers(model):
+    apply, params = model
+    first = apply(params, X, rng=KEY, train=True)
+    np.testing.assert_array_equal(apply(params, X, rng=KEY, train=True), first)
+    np.testing.assert_array_equal(jax.jit(lambda k: apply(params, X, rng=k, train=True))(KEY), first)
+    raw = jax.random.key_data(KEY)
+    np.testing.assert_array_equal(apply(params, X, rng=raw, train=True), first)
+    other = apply(params, X, rng=jax.random.key(4), train=True)
+    assert not np.array_equal(other, first)
+
+
+def test_torchs_generator_is_left_alone(model):
+    apply, params = model
+    before = torch.get_rng_state()
+    apply(params, X, rng=KEY, train=True)
+    jax.grad(lambda x: apply(params, x, rng=KEY, train=True).sum())(X)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_gradient_sees_the_numbers_of_the_forward(model):
+    """Along any line the function with a fixed key is what its gradient says: compare with differences."""
+    apply, params = model
+    x, v = X.astype(jnp.float64), jnp.sin(jnp.arange(200.0)).reshape(4, 50)
+    params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
+
+    def f(x):
+        return (apply(params, x, rng=KEY, train=True).astype(jnp.float64) ** 2).sum()
+
+    expected = (f(x + 1e-6 * v) - f(x - 1e-6 * v)) / 2e-6
+    for gradient in (jax.grad(f), jax.jit(jax.grad(f)), jax.jit(jax.grad(jax.checkpoint(f)))):
+        np.testing.assert_allclose(jnp.vdot(gradient(x), v), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(jax.jvp(f, (x,), (v,))[1], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::pytorch2jax.LoopWarning")
+def test_a_batch_of_keys_gives_what_a_loop_gives(model):
+    apply, params = model
+    keys = jax.random.split(KEY, 3)
+    batched = jax.vmap(lambda k: apply(params, X, rng=k, train=True))(keys)
+    np.testing.assert_allclose(batched, [apply(params, X, rng=k, train=True) for k in keys], rtol=1e-6)
+
+
+def test_a_batch_with_one_key_shares_its_numbers():
+    apply, params = convert_pytnn_to_jax(nn.Dropout(0.5))
+    xs = jnp.ones((3, 100), jnp.float32)
+    batched = jax.vmap(lambda x: apply(params, x, rng=KEY, train=True))(xs)
+    np.testing.assert_array_equal(batched, [apply(params, x, rng=KEY, train=True) for x in xs])
+
+
+def test_scan_over_keys(model):
+    apply, params = model
+    keys = jax.random.split(KEY, 3)
+    out = jax.lax.scan(lambda c, k: (c, apply(params, X, rng=k, train=True)), 0, keys)[1]
+    np.testing.assert_allclose(out, [apply(params, X, rng=k, train=True) for k in keys], rtol=1e-6)
+
+
+def test_no_key_is_an_error(model):
+    apply, params = model
+    with pytest.raises(RandomnessError, match=r"draws random numbers \(train=True\).*rng=jax.random.key"):
+        apply(params, X, train=True)
+    with pytest.raises(ValueError, match="draws random numbers"):
+        jax.jit(lambda p, x: apply(p, x, train=True))(params, X)
+
+
+@pytest.mark.parametrize("bad", [0, "key", jnp.ones(2), jax.random.split(KEY, 2), np.zeros((2, 2), np.uint32)])
+def test_what_is_no_key(bad):
+    apply, params = convert_pytnn_to_jax(nn.Dropout(0.5))
+    with pytest.raises(RandomnessError, match="rng: expected one JAX key"):
+        apply(params, X, rng=bad, train=True)
+
+
+def test_a_model_that_draws_nothing_needs_no_key():
+    apply, params = convert_pytnn_to_jax(nn.TransformerEncoderLayer(50, 2, 16, 0.5, batch_first=True))
+    np.testing.assert_array_equal(apply(params, X), apply(params, X, rng=KEY))
+    apply, params = convert_pytnn_to_jax(nn.TransformerEncoderLayer(50, 2, 16, 0.0, batch_first=True))
+    apply(params, X, train=True)
+
+
+def test_two_kinds_of_keys():
+    apply, params = convert_pytnn_to_jax(nn.Dropout(0.5))
+    a = apply(params, X, rng=jax.random.key(0, impl="rbg"), train=True)
+    b = apply(params, X, rng=jax.random.key(1, impl="rbg"), train=True)
+    assert not np.array_equal(a, b)
+
+
+def test_plain_functions_draw_from_torch_or_from_a_key():
+    f = torch2jax(lambda x: torch.rand(3) * x)
+    x = jnp.ones(3)
+    assert not np.array_equal(f(x), f(x))
+    torch.manual_seed(5)
+    first = f(x)
+    torch.manual_seed(5)
+    np.testing.assert_array_equal(f(x), first)
+    np.testing.assert_array_equal(f(x, rng=KEY), f(x, rng=KEY))
+    both = jax.jit(lambda x: (f(x), f(x)))(x)
+    assert not np.array_equal(*both)
+    steps = jax.jit(lambda x: jax.lax.scan(lambda c, _: (c, f(c)), x, None, length=4)[1])(x)
+    assert len({float(s[0]) for s in steps}) == 4
+    batch = jax.vmap(f)(jnp.ones((4, 3)))
+    assert len({float(s[0]) for s in batch}) == 4
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+def test_a_plain_functions_gradient_sees_its_own_numbers(wrap):
+    f = torch2jax(lambda x: F.dropout(x, 0.5) * 3)
+    x = jnp.ones(1000)
+    value, pull = jax.vjp(wrap(f), x)
+    np.testing.assert_array_equal(pull(jnp.ones(1000))[0], value)
+    gradient, out = jax.grad(lambda x: (lambda y: (y.sum(), y))(wrap(f)(x)), has_aux=True)(x)
+    np.testing.assert_array_equal(gradient, out)
+
+
+def test_a_function_with_an_argument_of_its_own_called_rng():
+    f = torch2jax(lambda x, rng: x * rng)
+    assert f(jnp.ones(2), rng=3).tolist() == [3.0, 3.0]
+
+
+def test_a_batched_key_is_said_to_be_a_loop():
+    apply, params = convert_pytnn_to_jax(nn.Dropout(0.5))
+    with pytest.warns(LoopWarning, match="Dropout"):
+        jax.vmap(lambda k: apply(params, X, rng=k, train=True))(jax.random.split(KEY, 2))
+
+
+def test_without_a_key_a_checkpoint_would_see_other_numbers_and_is_refused():
+    f = torch2jax(lambda x: F.dropout(x, 0.5))
+    with pytest.raises(NotImplementedError, match=r"checkpoint.*random numbers of torch without a JAX key.*rng=key"):
+        jax.grad(lambda x: jax.checkpoint(f)(x).sum())(jnp.ones(3))
+    with_key = jax.checkpoint(lambda x: f(x, rng=KEY))
+    value, pull = jax.vjp(with_key, jnp.ones(100))
+    np.testing.assert_array_equal(pull(jnp.ones(100))[0], value)
