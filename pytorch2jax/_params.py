@@ -281,7 +281,7 @@ def load_params(model: nn.Module, params: Any, state: Any = None) -> nn.Module:
         >>> model = nn.Linear(2, 3)
         >>> apply, params = convert_pytnn_to_jax(model)
         >>> _ = load_params(model, jax.tree.map(lambda p: 0 * p, params))
-        >>> float(model.weight.abs().sum())
+        >>> model.weight.abs().sum().item()
         0.0
     """
     tensors = _tensors_by_slot("load_params", model, params, state)
