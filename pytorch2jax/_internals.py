@@ -48,7 +48,6 @@ ShapedArray = jax.core.ShapedArray
 tensor_from_capsule: Callable[[Any], torch.Tensor] = torch._C._from_dlpack
 
 
-
 class DrawsFromTorch(jax.extend.core.Effect):
     """The effect of drawing from torch's global generator; its text is part of JAX's error messages.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +50,6 @@ def test_eager_errors_carry_the_original(f, transform):
         with pytest.raises(TorchCallError, match="ArithmeticError: negative input in the torch function") as info:
             call(BAD)
         assert isinstance(info.value.__cause__, ArithmeticError)
-        frames = [frame.name for frame in inspect.trace()] or [f.name for f in info.traceback]
-        assert frames
         names = []
         traceback = info.value.__cause__.__traceback__
         while traceback is not None:
@@ -112,11 +112,8 @@ def test_messages_of_key_errors_are_readable():
     assert isinstance(error, ValueError)
 
 
-def test_an_array_on_several_devices(tmp_path):
+def test_an_array_on_several_devices():
     """In a process with two host devices."""
-    import subprocess
-    import sys
-
     program = """
 import jax, jax.numpy as jnp, torch, pytorch2jax
 from jax.sharding import NamedSharding, PartitionSpec as P
@@ -134,11 +131,13 @@ on_second = jax.device_put(jnp.arange(4.0), jax.devices()[1])
 out = pytorch2jax.torch2jax(torch.sin)(on_second)
 assert out.devices() == {jax.devices()[1]}
 """
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    import os
-
     done = subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, **flags}, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", program],
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -167,7 +167,8 @@ def test_setup_style(converted):
 def test_lifted_vmap_over_parameters(converted):
     module, _ = converted
     axes = {"params": 0, "batch_stats": 0, "buffers": 0}
-    ensemble = nn.vmap(module, variable_axes=axes, split_rngs={"params": True, "dropout": True}, in_axes=None, axis_size=3)
+    rngs = {"params": True, "dropout": True}
+    ensemble = nn.vmap(module, variable_axes=axes, split_rngs=rngs, in_axes=None, axis_size=3)
     variables = ensemble().init(KEY, X)
     assert variables["params"]["name"]["weight"].shape == (3, 4, 3)
     scaled = jax.tree.map(lambda p: p * jnp.arange(3.0, dtype=p.dtype).reshape(3, *(1,) * (p.ndim - 1)), variables)
@@ -183,7 +184,8 @@ def test_lifted_vmap_over_inputs(converted):
     batched = nn.vmap(module, variable_axes=axes, split_rngs={"params": False})
     variables = batched().init(KEY, jnp.stack([X, X]))
     assert variables["params"]["name"]["weight"].shape == (4, 3)
-    np.testing.assert_allclose(batched().apply(variables, jnp.stack([X, 2 * X]))[1], module().apply(variables, 2 * X), rtol=1e-5)
+    out = batched().apply(variables, jnp.stack([X, 2 * X]))
+    np.testing.assert_allclose(out[1], module().apply(variables, 2 * X), rtol=1e-5)
 
 
 def test_lifted_remat(converted):
@@ -209,9 +211,9 @@ def test_lifted_scan(model):
     variables = stack().init(KEY, X, None)
     assert variables["params"]["Linear_0"]["weight"].shape == (4, 3, 3)
     out, _ = stack().apply(variables, X, None)
-    expected = X
+    expected, first = X, jax.tree.map(lambda p: p[0], variables["params"]["Linear_0"])
     for _ in range(4):
-        expected = jnp.tanh(module().apply({"params": jax.tree.map(lambda p: p[0], variables["params"])["Linear_0"]}, expected))
+        expected = jnp.tanh(module().apply({"params": first}, expected))
     np.testing.assert_allclose(out, expected, rtol=1e-5)
 
 
@@ -250,7 +252,10 @@ def test_fine_tuning_with_train_state_and_the_way_back():
 
     @jax.jit
     def step(state):
-        loss, gradient = jax.value_and_grad(lambda p: ((state.apply_fn({"params": p}, X) - y) ** 2).mean())(state.params)
+        def loss_of(p):
+            return ((state.apply_fn({"params": p}, X) - y) ** 2).mean()
+
+        loss, gradient = jax.value_and_grad(loss_of)(state.params)
         return state.apply_gradients(grads=gradient), loss
 
     losses = []

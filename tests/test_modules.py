@@ -49,17 +49,21 @@ class Tied(nn.Module):
 MODULES = {
     "linear": (lambda: nn.Linear(3, 2), (4, 3)),
     "mlp": (lambda: nn.Sequential(nn.Linear(3, 5), nn.GELU(), nn.LayerNorm(5), nn.Linear(5, 2)), (4, 3)),
-    "convolution": (lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten()), (2, 2, 5, 5)),
+    "convolution": (lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU()), (2, 2, 5, 5)),
     "lstm": (lambda: nn.LSTM(3, 4, num_layers=2, batch_first=True, bidirectional=True), (2, 5, 3)),
     "gru": (lambda: nn.GRU(3, 4), (2, 5, 3)),
     "attention": (lambda: SelfAttention(), (2, 5, 8)),
-    "encoder": (lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.1, batch_first=True), 2), (2, 5, 8)),
+    "encoder": (lambda: nn.TransformerEncoder(encoder_layer(), 2), (2, 5, 8)),
     "weight_norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), (4, 3)),
     "old weight_norm": (lambda: nn.utils.weight_norm(nn.Linear(3, 2)), (4, 3)),
     "spectral_norm": (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2)), (4, 3)),
     "parameter list": (lambda: Lists(), (4, 3)),
     "checkpointed": (lambda: Checkpointed(), (4, 3)),
 }
+
+
+def encoder_layer():
+    return nn.TransformerEncoderLayer(8, 2, 16, 0.1, batch_first=True)
 
 
 class SelfAttention(nn.Module):
@@ -156,7 +160,7 @@ def test_the_model_is_left_as_it_was(converted):
 
 
 def test_state_dict_round_trip(converted):
-    model, (_, params), x = converted
+    model, (_, params), _ = converted
     doubled = jax.tree.map(lambda p: 2 * p, params)
     state_dict = params_to_state_dict(model, doubled)
     assert state_dict.keys() == model.state_dict().keys()

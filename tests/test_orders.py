@@ -215,7 +215,10 @@ def test_a_hessian_of_a_module_with_respect_to_its_parameters():
     apply, params = pytorch2jax.convert_pytnn_to_jax(model)
     x = jnp.arange(6.0).reshape(3, 2)
     flat, unravel = jax.flatten_util.ravel_pytree(params)
-    f = lambda p: (apply(unravel(p), x) ** 2).sum()
+
+    def f(p):
+        return (apply(unravel(p), x) ** 2).sum()
+
     v = jnp.cos(jnp.arange(flat.size))
     eps = 1e-5
     expected = (jax.grad(f)(flat + eps * v) - jax.grad(f)(flat - eps * v)) / (2 * eps)

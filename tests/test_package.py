@@ -173,15 +173,16 @@ def test_wrapped_functions_are_freed():
         def __call__(self, x):
             return torch.sin(x) * self.weight[0]
 
-    function = Function()
-    alive = weakref.ref(function)
-    f = pytorch2jax.torch2jax(function)
-    x = jnp.ones(3)
-    f(x)
-    jax.jit(f)(x)
-    jax.grad(lambda x: f(x).sum())(x)
-    jax.jit(jax.vmap(jax.grad(lambda x: f(x).sum())))(jnp.ones((2, 3)))
-    del f, function
+    def use():
+        function = Function()
+        f, x = pytorch2jax.torch2jax(function), jnp.ones(3)
+        f(x)
+        jax.jit(f)(x)
+        jax.grad(lambda x: f(x).sum())(x)
+        jax.jit(jax.vmap(jax.grad(lambda x: f(x).sum())))(jnp.ones((2, 3)))
+        return weakref.ref(function)
+
+    alive = use()
     gc.collect()
     jax.clear_caches()
     gc.collect()
