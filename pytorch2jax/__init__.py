@@ -35,7 +35,8 @@ from pytorch2jax._wrap import py_to_jax_wrapper, torch2jax
 from pytorch2jax.compat import Size, convert_to_jax, convert_to_pyt, tree_j2t, tree_t2j
 
 if TYPE_CHECKING:
-    from pytorch2jax.flax import convert_pytnn_to_flax
+    from pytorch2jax.equinox import convert_pytnn_to_equinox
+    from pytorch2jax.flax import convert_pytnn_to_flax, convert_pytnn_to_nnx
 
 __version__ = "0.2.0"
 
@@ -56,8 +57,10 @@ __all__ = [
     "StructureError",
     "TorchCallError",
     "UnsupportedTransformError",
+    "convert_pytnn_to_equinox",
     "convert_pytnn_to_flax",
     "convert_pytnn_to_jax",
+    "convert_pytnn_to_nnx",
     "convert_to_jax",
     "convert_to_pyt",
     "dtype_j2t",
@@ -74,7 +77,11 @@ __all__ = [
 ]
 
 # Names of the adapters, which import frameworks that need not be installed: looked up on first use.
-_LATE = {"convert_pytnn_to_flax": "pytorch2jax.flax"}
+_LATE = {
+    "convert_pytnn_to_equinox": "pytorch2jax.equinox",
+    "convert_pytnn_to_flax": "pytorch2jax.flax",
+    "convert_pytnn_to_nnx": "pytorch2jax.flax",
+}
 
 
 def __getattr__(name: str) -> Any:

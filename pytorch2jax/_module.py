@@ -1,42 +1,25 @@
-"""A torch module as a pure function of its parameters and buffers.
-
-The module is copied without its weights into a private skeleton. A call puts the tensors that it was given
-into the skeleton's slots, runs `forward`, and takes them out again; what happens to the user's module later
-does not reach it, and nothing stays in it between calls.
-"""
+"""A torch module as a pure function of its parameters and buffers: what the adapters have in common."""
 
 from __future__ import annotations
 
-import collections
-import contextlib
-import copy
-import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, NamedTuple
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
-import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from pytorch2jax._errors import ConversionError, RandomnessError
-from pytorch2jax._function import TorchFunction, take_apart
-from pytorch2jax._params import (
-    Leaf,
-    Slot,
-    arrays_of,
-    check_shapes,
-    flatten,
-    layout_of,
-    nest,
-    own_tensors,
-    tensor_in,
-)
+from pytorch2jax._errors import ConversionError, InferenceError, RandomnessError
+from pytorch2jax._function import BoundFunction, TorchFunction, take_apart
+from pytorch2jax._params import Leaf, arrays_of, check_shapes, flatten, layout_of, nest, own_tensors
 from pytorch2jax._primitive import torch_call
 from pytorch2jax._rng import seed_from_key
+from pytorch2jax._skeleton import Skeleton
 
 
-def convert_pytnn_to_jax(model: nn.Module, *, with_state: bool = False, copy: bool = True) -> tuple[Any, ...]:
+def convert_pytnn_to_jax(
+    model: nn.Module, *, with_state: bool = False, copy: bool = True, prefix: str = ""
+) -> tuple[Any, ...]:
     """Turn a torch module into a pure JAX function and its parameters.
 
     Args:
@@ -47,6 +30,9 @@ def convert_pytnn_to_jax(model: nn.Module, *, with_state: bool = False, copy: bo
             with `model`: conversion takes no time and no memory, and when torch trains `model` further, in
             place, the JAX arrays change with it, against what JAX promises of arrays. Use it when the
             torch module is not used again.
+        prefix: put in front of the names `train` and `rng` of the function's own keywords, for models whose
+            `forward` has arguments of these names: with `prefix="jax_"` the function's own are `jax_train`
+            and `jax_rng`, and `train` reaches `forward`.
 
     Returns:
         `(apply, params)`, with `apply(params, *args, rng=None, train=False, **kwargs)` returning what the
@@ -76,15 +62,15 @@ def convert_pytnn_to_jax(model: nn.Module, *, with_state: bool = False, copy: bo
         >>> jax.grad(lambda p: apply(p, jnp.ones((4, 3))).sum())(params)["bias"]
         Array([4., 4.], dtype=float32)
     """
-    converted = ConvertedModule(model, copy=copy)
+    converted = ConvertedModule(model, copy=copy, prefix=prefix, keywords={"rng": None, "train": False})
 
-    def apply(params: Any, *args: Any, rng: Any = None, train: bool | None = False, **kwargs: Any) -> Any:
-        return converted.apply(params, None, args, kwargs, rng=rng, train=train)[0]
+    def apply(params: Any, *args: Any, **kwargs: Any) -> Any:
+        options, kwargs = converted.split_keywords(kwargs)
+        return converted.apply(params, None, args, kwargs, **options)[0]
 
-    def apply_with_state(
-        params: Any, state: Any, *args: Any, rng: Any = None, train: bool | None = False, **kwargs: Any
-    ) -> tuple[Any, Any]:
-        return converted.apply(params, state, args, kwargs, rng=rng, train=train)
+    def apply_with_state(params: Any, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        options, kwargs = converted.split_keywords(kwargs)
+        return converted.apply(params, state, args, kwargs, **options)
 
     params, state = converted.take_initial()
     return (apply_with_state, params, state) if with_state else (apply, params)
@@ -96,17 +82,21 @@ class ConvertedModule:
     Args:
         model: the module.
         copy: whether to copy its parameters and buffers.
+        keywords: the names and defaults of the adapter's own keyword arguments.
+        prefix: what the user wants in front of these names.
     """
 
-    def __init__(self, model: nn.Module, *, copy: bool) -> None:
-        model = _checked(model)
+    def __init__(self, model: nn.Module, *, copy: bool, keywords: Mapping[str, Any], prefix: str = "") -> None:
+        model = _checked(_unwrapped(model))
+        _check_keywords(model, keywords, prefix)
         self.name = type(model).__name__
+        self._keywords = {f"{prefix}{name}": (name, default) for name, default in keywords.items()}
         self.layout = layout_of(model)
         self._params: list[jax.Array] | None = arrays_of(model, self.layout.params, copy=copy)
         self._state: list[jax.Array] | None = arrays_of(model, self.layout.state, copy=True)
         self._params_order = _Order("params", self.layout.params)
         self._state_order = _Order("state", self.layout.state)
-        call = _ModuleCall(model, (*self.layout.params, *self.layout.state))
+        call = Skeleton(model, (*self.layout.params, *self.layout.state))
         own = own_tensors("params", self.layout.params, self._params)
         own += own_tensors("state", self.layout.state, self._state)
         self._function = TorchFunction(self.name, call, identity=call, own=own)
@@ -122,6 +112,38 @@ class ConvertedModule:
         params, state = self.initial()
         self._params = self._state = None
         return params, state
+
+    def split_keywords(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The adapter's own keyword arguments, by their plain names, and those for `forward`."""
+        options = {name: kwargs.get(given, default) for given, (name, default) in self._keywords.items()}
+        return options, {name: value for name, value in kwargs.items() if name not in self._keywords}
+
+    def trained_statistics(self, args: Any, kwargs: Any) -> set[Leaf]:
+        """The buffers that training changes: those that a forward pass in train mode writes to.
+
+        Found out on fake tensors for these arguments. What normalisations keep counts in any case, also where
+        a forward pass in train mode is not possible on these arguments (a batch of one).
+        """
+        known = {leaf for leaf in self.layout.state if leaf.statistic}
+        if len(known) == len(self.layout.state):
+            return known
+        params, state = self.initial()
+        try:
+            _, program = self._bind(params, state, args, kwargs, True)
+        except InferenceError:
+            return known
+        n_params = len(self.layout.params)
+        return known | {self.layout.state[i - n_params] for i in program.inferred.changed if i >= n_params}
+
+    def _bind(
+        self, params: Any, state: Any, args: Any, kwargs: Any, train: bool | None
+    ) -> tuple[list[Any], BoundFunction]:
+        """The program for a call, and its inputs: parameters, state if it is given, and arguments."""
+        own = self._params_order.values(self.name, params)
+        if state is not None:
+            own += self._state_order.values(self.name, state)
+        arguments = take_apart(self.name, args, kwargs)
+        return [*own, *arguments.arrays], self._function.bind(own, arguments, variant=train)
 
     def apply(
         self,
@@ -146,12 +168,8 @@ class ConvertedModule:
         Returns:
             What the module returned, and the new state.
         """
-        own = self._params_order.values(self.name, params)
-        if state is not None:
-            own += self._state_order.values(self.name, state)
-        arguments = take_apart(self.name, args, kwargs)
-        program = self._function.bind(own, arguments, variant=train)
-        inputs = [*own, *arguments.arrays]
+        inputs, program = self._bind(params, state, args, kwargs, train)
+        values = list(inputs)
         if program.inferred.random:
             if rng is None:
                 raise RandomnessError(
@@ -164,8 +182,8 @@ class ConvertedModule:
         out, changed = program.rebuild(torch_call(program, *inputs))
         if state is None or not changed:
             return out, state
-        values = [changed.get(i, value) for i, value in enumerate(own)]
-        return out, nest(self.layout.state, values[len(self.layout.params) :])
+        first, end = len(self.layout.params), len(self.layout.params) + len(self.layout.state)
+        return out, nest(self.layout.state, [changed.get(i, values[i]) for i in range(first, end)])
 
 
 class _Order:
@@ -187,190 +205,11 @@ class _Order:
         return check_shapes(call, self._root, self._leaves, values)
 
 
-# -- the skeleton ---------------------------------------------------------------------------------------
-
-
-class _ModuleCall:
-    """The private copy of a module, as a `TorchCallable`: its own tensors are parameters, then buffers."""
-
-    def __init__(self, model: nn.Module, leaves: Sequence[Leaf]) -> None:
-        self._module = _skeleton(model, [tensor_in(model, leaf.slots[0]) for leaf in leaves])
-        self._tables = [[_table(self._module, slot) for slot in leaf.slots] for leaf in leaves]
-        self._placeholders = [tables[0][0][tables[0][1]] for tables in self._tables]
-        # Buffers that a caller does not pass keep these values; parameters are always passed.
-        self._held = [
-            tensor_in(model, leaf.slots[0]).detach().clone() if _is_buffer(model, leaf.slots[0]) else placeholder
-            for leaf, placeholder in zip(leaves, self._placeholders, strict=True)
-        ]
-        self._constants = {torch.device("cpu"): [t.cpu() if t.device.type != "meta" else t for t in self._held]}
-        self._flags = {None: _training_flags(self._module)}
-        self._leftovers: dict[tuple[int, str], _Attribute] = {}
-        self._lock = threading.RLock()
-        self._depth = 0
-
-    def __call__(
-        self, own: list[torch.Tensor], variant: Hashable, args: Any, kwargs: Any
-    ) -> tuple[Any, list[torch.Tensor]]:
-        self._set_mode(variant)
-        for tables, tensor in zip(self._tables, own, strict=True):
-            for table, name in tables:
-                table[name] = tensor
-        out = self._module(*args, **kwargs)
-        return out, [tables[0][0][tables[0][1]] for tables in self._tables]
-
-    def _set_mode(self, train: Any) -> None:
-        if train not in self._flags:
-            self._module.train(train)
-            self._flags[train] = _training_flags(self._module)
-        for attributes, training in self._flags[train]:
-            attributes["training"] = training
-
-    @contextlib.contextmanager
-    def exclusive(self) -> Iterator[None]:
-        # The tensors stay in their slots until the derivatives are done: `torch.utils.checkpoint` runs parts
-        # of `forward` again during backward.
-        with self._lock:
-            self._depth += 1
-            try:
-                yield
-            finally:
-                self._depth -= 1
-                if self._depth == 0:
-                    self._empty()
-
-    def _empty(self) -> None:
-        for tables, placeholder in zip(self._tables, self._placeholders, strict=True):
-            for table, name in tables:
-                table[name] = placeholder
-        for attribute in self._leftovers.values():
-            attribute.put_back()
-
-    @contextlib.contextmanager
-    def learning(self) -> Iterator[None]:
-        """Find out which plain attributes `forward` sets, to put them back after each call."""
-        before = [_Attributes(m) for m in self._module.modules()]
-        try:
-            yield
-        finally:
-            for attributes in before:
-                for key, attribute in attributes.changes().items():
-                    self._leftovers.setdefault(key, attribute)
-
-    def constants(self, device: torch.device) -> list[torch.Tensor]:
-        if device not in self._constants:
-            self._constants[device] = [t if t.device.type == "meta" else t.to(device) for t in self._held]
-        return self._constants[device]
-
-
-_MISSING: Any = object()
-_CONTAINERS = (list, dict, set, collections.OrderedDict)
-
-
-class _Attribute(NamedTuple):
-    """A plain attribute of a module as it was: its value, and the contents of a container."""
-
-    attributes: dict[str, Any]
-    name: str
-    value: Any
-    contents: Any
-
-    def is_unchanged(self) -> bool:
-        value = self.attributes.get(self.name, _MISSING)
-        if value is not self.value:
-            return False
-        if self.contents is None:
-            return True
-        new, old = (list(c.items()) if isinstance(c, dict) else list(c) for c in (value, self.contents))
-        flat = [(a, b) for x, y in zip(new, old, strict=False) for a, b in zip(_parts(x), _parts(y), strict=False)]
-        return len(new) == len(old) and all(a is b for a, b in flat)
-
-    def put_back(self) -> None:
-        if self.value is _MISSING:
-            self.attributes.pop(self.name, None)
-            return
-        self.attributes[self.name] = self.value
-        if self.contents is not None:
-            self.value.clear()
-            (self.value.extend if isinstance(self.value, list) else self.value.update)(self.contents)
-
-
-def _parts(item: Any) -> tuple[Any, ...]:
-    return item if isinstance(item, tuple) else (item,)
-
-
-class _Attributes:
-    """The plain attributes of a module: not its parameters, buffers, submodules and train flag."""
-
-    _OTHER = ("_parameters", "_buffers", "_modules", "training")
-
-    def __init__(self, module: nn.Module) -> None:
-        self._dict = module.__dict__
-        self._before = {name: self._get(name) for name in self._names()}
-
-    def _names(self) -> set[str]:
-        return self._dict.keys() - self._OTHER
-
-    def _get(self, name: str) -> _Attribute:
-        value = self._dict.get(name, _MISSING)
-        return _Attribute(self._dict, name, value, copy.copy(value) if type(value) in _CONTAINERS else None)
-
-    def changes(self) -> dict[tuple[int, str], _Attribute]:
-        """The attributes that have changed since, as they were before."""
-        for name in self._names() - self._before.keys():
-            self._before[name] = _Attribute(self._dict, name, _MISSING, None)
-        return {(id(self._dict), n): old for n, old in self._before.items() if not old.is_unchanged()}
-
-
-def _training_flags(module: nn.Module) -> list[tuple[dict[str, Any], bool]]:
-    return [(m.__dict__, m.training) for m in module.modules()]
-
-
-def _table(module: nn.Module, slot: Slot) -> tuple[dict[str, Any], str]:
-    owner = module.get_submodule(slot.module)
-    return (owner._parameters if slot.name in owner._parameters else owner._buffers), slot.name
-
-
-def _is_buffer(module: nn.Module, slot: Slot) -> bool:
-    return slot.name in module.get_submodule(slot.module)._buffers
-
-
-class _DeepcopyNonLeaves(TorchFunctionMode):
-    """Lets modules be copied that hold results of computations, as the old `weight_norm` does."""
-
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.__deepcopy__ and not args[0].is_leaf:
-            return args[1].setdefault(id(args[0]), args[0].detach().clone())
-        return func(*args, **(kwargs or {}))
-
-
-def _skeleton(model: nn.Module, tensors: Sequence[torch.Tensor]) -> nn.Module:
-    """A deep copy of a module with empty tensors in the place of its parameters and buffers."""
-    memo: dict[int, Any] = {}
-    for tensor in tensors:
-        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-        memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
-    try:
-        with _DeepcopyNonLeaves():
-            return copy.deepcopy(model, memo)
-    except Exception as error:
-        raise ConversionError(
-            f"convert: {type(model).__name__}: expected a module that `copy.deepcopy` can copy, got "
-            f"{type(error).__name__}: {error}. Remove what cannot be copied (locks, open files, generators) "
-            "from its attributes."
-        ) from error
-
-
 def _checked(model: nn.Module) -> nn.Module:
     """The module, if it is of a kind that can be converted."""
     if not isinstance(model, nn.Module):
         raise ConversionError(
             f"convert: expected a torch.nn.Module, got {type(model).__name__}. For a function use `torch2jax`."
-        )
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ConversionError(
-            f"convert: {type(model).__name__}: a TorchScript module keeps its weights where they cannot be "
-            "exchanged. Convert the module that it was scripted from, or use `torch2jax(model)`, where its "
-            "weights are constants."
         )
     for name, module in model.named_modules():
         if any(map(nn.parameter.is_lazy, (*module._parameters.values(), *module._buffers.values()))):
@@ -378,4 +217,39 @@ def _checked(model: nn.Module) -> nn.Module:
                 f"convert: {name or type(model).__name__}: a lazy module has no parameters yet. Run the model once "
                 "on an example input, then convert it."
             )
+        if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized", "torch.ao.nn.intrinsic")):
+            raise ConversionError(
+                f"convert: {name or type(model).__name__}: a quantised module ({type(module).__name__}) has packed "
+                "integer weights, which JAX cannot hold. Convert the model as it was before quantisation."
+            )
     return model
+
+
+def _unwrapped(model: Any) -> Any:
+    """The module inside of wrappers that run the same computation in another way."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
+            model = model._orig_mod
+        else:
+            return model
+
+
+def _check_keywords(model: nn.Module, keywords: Iterable[str], prefix: str) -> None:
+    """Raise where `forward` has an argument with the name of one of the adapter's own."""
+    taken = set(_parameter_names(model.forward)) & {f"{prefix}{name}" for name in keywords}
+    if taken:
+        names = ", ".join(sorted(taken))
+        raise ConversionError(
+            f"convert: {type(model).__name__}.forward has arguments that the converted function needs for itself: "
+            f"{names}. Convert with another prefix for these, such as `prefix='jax_'`; then `jax_"
+            f"{sorted(taken)[0]}` is the function's own, and `{sorted(taken)[0]}` reaches `forward`."
+        )
+
+
+def _parameter_names(forward: Callable[..., Any]) -> Iterable[str]:
+    try:
+        return inspect.signature(forward).parameters
+    except (TypeError, ValueError):  # TorchScript
+        return ()

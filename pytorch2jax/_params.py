@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from pytorch2jax._dtypes import canonical_dtype_t2j
 from pytorch2jax._errors import LeafTypeError, MissingLeafError, StructureError
 from pytorch2jax._function import OwnTensor
 from pytorch2jax._transfer import as_array, j2t, t2j
@@ -61,7 +60,15 @@ class Layout(NamedTuple):
 
 def layout_of(model: nn.Module) -> Layout:
     """List the tensors of a module."""
-    return Layout(_leaves(model, lambda m: m._parameters), _leaves(model, lambda m: m._buffers))
+    return Layout(_leaves(model, _parameters), _leaves(model, _buffers))
+
+
+def _parameters(module: nn.Module) -> Mapping[str, Any]:
+    return module._parameters
+
+
+def _buffers(module: nn.Module) -> Mapping[str, Any]:
+    return module._buffers
 
 
 def _leaves(model: nn.Module, table: Callable[[nn.Module], Mapping[str, Any]]) -> tuple[Leaf, ...]:
@@ -83,9 +90,7 @@ def _leaves(model: nn.Module, table: Callable[[nn.Module], Mapping[str, Any]]) -
             dtype=tensors[key].dtype,
             trainable=tensors[key].requires_grad,
             persistent=places[0].name not in owners[key]._non_persistent_buffers_set,
-            statistic=isinstance(owners[key], nn.modules.batchnorm._NormBase)
-            and not tensors[key].requires_grad
-            and places[0].name in owners[key]._buffers,
+            statistic=isinstance(owners[key], nn.modules.batchnorm._NormBase) and table is _buffers,
         )
         for key, places in slots.items()
     )
@@ -95,16 +100,26 @@ def _path(slot: Slot) -> Path:
     return (*slot.module.split("."), slot.name) if slot.module else (slot.name,)
 
 
-def tensor_in(model: nn.Module, slot: Slot) -> torch.Tensor:
-    """The tensor that a module holds in a slot."""
-    module = model.get_submodule(slot.module)
-    found = module._parameters.get(slot.name)
-    return module._buffers[slot.name] if found is None else found  # type: ignore[return-value]
+class Slots:
+    """The slots of a module by address. (`get_submodule` does not work on TorchScript modules.)"""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+
+    def table(self, slot: Slot) -> Any:
+        """The dict, of parameters or of buffers, that has the slot."""
+        module = self._modules[slot.module]
+        return module._parameters if slot.name in module._parameters else module._buffers
+
+    def __getitem__(self, slot: Slot) -> torch.Tensor:
+        """The tensor in a slot."""
+        return self.table(slot)[slot.name]
 
 
 def arrays_of(model: nn.Module, leaves: Sequence[Leaf], *, copy: bool) -> list[jax.Array]:
     """The values of a module's tensors as arrays; shared with the module unless `copy`."""
-    return [t2j(tensor_in(model, leaf.slots[0]), copy=copy) for leaf in leaves]
+    slots = Slots(model)
+    return [t2j(slots[leaf.slots[0]], copy=copy) for leaf in leaves]
 
 
 def own_tensors(root: str, leaves: Sequence[Leaf], arrays: Sequence[jax.Array]) -> list[OwnTensor]:
@@ -126,6 +141,15 @@ def nest(leaves: Sequence[Leaf], values: Iterable[Any]) -> dict[str, Any]:
         for key in leaf.path[:-1]:
             node = node.setdefault(key, {})
         node[leaf.path[-1]] = value
+    return tree
+
+
+def leaf_in(tree: Any, leaf: Leaf) -> Any:
+    """The value of a leaf in a nested dict, or None."""
+    for key in leaf.path:
+        if not isinstance(tree, Mapping) or key not in tree:
+            return None
+        tree = tree[key]
     return tree
 
 
@@ -285,9 +309,10 @@ def load_params(model: nn.Module, params: Any, state: Any = None) -> nn.Module:
         0.0
     """
     tensors = _tensors_by_slot("load_params", model, params, state)
+    slots = Slots(model)
     with torch.no_grad():
         for slot, tensor in tensors.items():
-            tensor_in(model, slot).copy_(tensor)
+            slots[slot].copy_(tensor)
     return model
 
 
@@ -297,10 +322,11 @@ def _tensors_by_slot(call: str, model: nn.Module, params: Any, state: Any) -> di
     if state is not None:
         trees.append(("state", layout.state, state))
     tensors: dict[Slot, torch.Tensor] = {}
+    slots = Slots(model)
     for root, leaves, tree in trees:
         values = check_shapes(call, root, leaves, flatten(call, root, leaves, tree))
         for leaf, value in zip(leaves, values, strict=True):
-            device = tensor_in(model, leaf.slots[0]).device
+            device = slots[leaf.slots[0]].device
             tensor = j2t(value, copy=True).to(device=device, dtype=leaf.dtype)
             tensors.update(dict.fromkeys(leaf.slots, tensor))
     return tensors
@@ -324,8 +350,3 @@ def trainable_mask(model: nn.Module) -> dict[str, Any]:
     """
     leaves = layout_of(model).params
     return nest(leaves, (leaf.trainable for leaf in leaves))
-
-
-def canonical_specs(leaves: Sequence[Leaf]) -> list[jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of the arrays that hold these leaves."""
-    return [jax.ShapeDtypeStruct(leaf.shape, canonical_dtype_t2j(leaf.dtype)) for leaf in leaves]

@@ -353,8 +353,6 @@ def test_what_cannot_be_converted():
         convert_pytnn_to_jax(lambda x: x)
     with pytest.raises(ConversionError, match="lazy module has no parameters yet"):
         convert_pytnn_to_jax(nn.Sequential(nn.LazyLinear(3)))
-    with pytest.raises(ConversionError, match="TorchScript"):
-        convert_pytnn_to_jax(torch.jit.script(nn.Linear(2, 2)))
     model = nn.Linear(2, 2)
     model.lock = __import__("threading").Lock()
     with pytest.raises(ConversionError, match=r"copy.deepcopy.*TypeError"):

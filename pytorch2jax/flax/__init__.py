@@ -9,7 +9,8 @@ except ImportError as _error:
     ) from _error
 
 from pytorch2jax.flax._linen import convert_pytnn_to_flax
+from pytorch2jax.flax._nnx import Buffer, TorchModule, convert_pytnn_to_nnx
 
-__all__ = ["convert_pytnn_to_flax"]
+__all__ = ["Buffer", "TorchModule", "convert_pytnn_to_flax", "convert_pytnn_to_nnx"]
 
 del _flax

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping
 from types import FrameType
 from typing import Any, ClassVar
 
@@ -16,19 +15,22 @@ import torch
 
 from pytorch2jax._errors import StateError
 from pytorch2jax._module import ConvertedModule
-from pytorch2jax._params import Leaf, flatten, nest
+from pytorch2jax._params import Leaf, Path, flatten, leaf_in, nest
 
 _PARAMS = "params"
 _STATISTICS = "batch_stats"
 _BUFFERS = "buffers"
 
 
-def convert_pytnn_to_flax(model: torch.nn.Module, *, copy: bool = True) -> tuple[type[nn.Module], dict[str, Any]]:
+def convert_pytnn_to_flax(
+    model: torch.nn.Module, *, copy: bool = True, prefix: str = ""
+) -> tuple[type[nn.Module], dict[str, Any]]:
     """Turn a torch module into a Flax Linen module class and its parameters.
 
     Args:
         model: any `torch.nn.Module`. It is not changed, and changes to it later do not reach the class.
         copy: see `convert_pytnn_to_jax`.
+        prefix: put in front of the keyword `train`, for models whose `forward` has an argument of that name.
 
     Returns:
         `(module_class, params)`. `module_class()` takes no arguments, so that `module_class()(x)` works in
@@ -36,7 +38,7 @@ def convert_pytnn_to_flax(model: torch.nn.Module, *, copy: bool = True) -> tuple
         and `train=False` besides (`True`, `False` or `None`, as for `convert_pytnn_to_jax`).
 
         Its variables are nested dicts by torch's names: the parameters in the collection `params`, the
-        running statistics of normalisations in `batch_stats`, other buffers in `buffers`.
+        buffers that training changes (running statistics) in `batch_stats`, other buffers in `buffers`.
         `module_class().init(key, x)` returns torch's own values for all of them; the key is not used, and
         torch does not run. (What `init` computes behind a converted module in a parent starts from zeros of
         the right shape; `init_with_output` runs torch.) `params` is the collection `params` of that. Where
@@ -61,7 +63,7 @@ def convert_pytnn_to_flax(model: torch.nn.Module, *, copy: bool = True) -> tuple
         >>> jax.jit(model.apply)(variables, jnp.ones((4, 3))).shape
         (4, 2)
     """
-    converted = ConvertedModule(model, copy=copy)
+    converted = ConvertedModule(model, copy=copy, prefix=prefix, keywords={"train": False})
 
     class Converted(_TorchModule):
         torch_module: ClassVar[ConvertedModule] = converted
@@ -80,92 +82,77 @@ class _TorchModule(nn.Module):
     torch_module: ClassVar[ConvertedModule]
 
     @nn.compact
-    def __call__(self, *args: Any, train: bool | None = False, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        options, kwargs = self.torch_module.split_keywords(kwargs)
         if self.is_initializing():
-            self._initialise()
+            self._initialise(args, kwargs)
         given = {collection: flax.core.meta.unbox(tree) for collection, tree in self.variables.items()}
-        state = self._state_from(given)
+        params = _own(self.torch_module.layout.params, given.get(_PARAMS, {}))
+        state, places = self._state_from(given)
 
         def call(rng: Any) -> tuple[Any, Any]:
-            return self.torch_module.apply(
-                _own(self._collections()[_PARAMS], given.get(_PARAMS, {})),
-                state,
-                args,
-                kwargs,
-                rng=rng,
-                train=train,
-                rng_argument="rngs={'dropout': jax.random.key(...)}",
-            )
+            argument = "rngs={'dropout': jax.random.key(...)}"
+            return self.torch_module.apply(params, state, args, kwargs, rng=rng, rng_argument=argument, **options)
 
-        rng = self.make_rng("dropout") if self.has_rng("dropout") or self._can_make_rng() else None
+        # What Linen itself falls back on in `init` is the key for the parameters.
+        can_draw = self.has_rng("dropout") or (self.is_initializing() and self.has_rng(_PARAMS))
+        rng = self.make_rng("dropout") if can_draw else None
         if self.is_initializing() and _output_is_dropped():
             return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(call, rng)[0])
         out, new_state = call(rng)
         if not self.is_initializing():
-            self._store(state, new_state)
+            self._store(state, new_state, places)
         return out
 
-    @classmethod
-    def _collections(cls) -> dict[str, tuple[Leaf, ...]]:
-        layout = cls.torch_module.layout
-        return {
-            _PARAMS: layout.params,
-            _STATISTICS: tuple(leaf for leaf in layout.state if leaf.statistic),
-            _BUFFERS: tuple(leaf for leaf in layout.state if not leaf.statistic),
-        }
-
-    def _can_make_rng(self) -> bool:
-        return self.is_initializing() and self.has_rng(_PARAMS)  # what Linen falls back on in `init`
-
-    def _initialise(self) -> None:
+    def _initialise(self, args: Any, kwargs: Any) -> None:
         assert self.scope is not None
         params, state = self.torch_module.initial()
-        for collection, leaves in self._collections().items():
-            values = flatten("init", collection, leaves, _own(leaves, params if collection == _PARAMS else state))
-            for name, subtree in nest(leaves, values).items():
-                if collection == _PARAMS:
-                    self.scope.param(name, lambda _, tree=subtree: _copied(tree))
-                else:
-                    self.scope.variable(collection, name, lambda tree=subtree: _copied(tree))
+        for name, subtree in params.items():
+            self.scope.param(name, lambda _, tree=subtree: _copied(tree))
+        leaves = self.torch_module.layout.state
+        statistics = self.torch_module.trained_statistics(args, kwargs)
+        for collection, chosen in (
+            (_STATISTICS, [leaf for leaf in leaves if leaf in statistics]),
+            (_BUFFERS, [leaf for leaf in leaves if leaf not in statistics]),
+        ):
+            for name, subtree in nest(chosen, (leaf_in(state, leaf) for leaf in chosen)).items():
+                self.scope.variable(collection, name, lambda tree=subtree: _copied(tree))
 
-    def _state_from(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The buffers in the collections; those that never change may be missing."""
-        collections = self._collections()
-        statistics, buffers = collections[_STATISTICS], collections[_BUFFERS]
-        name = self.torch_module.name
-        values = flatten(name, _STATISTICS, statistics, _own(statistics, given.get(_STATISTICS, {})))
-        tree = given[_BUFFERS] if _BUFFERS in given else self.torch_module.initial()[1]
-        values += flatten(name, _BUFFERS, buffers, _own(buffers, tree))
-        return nest((*statistics, *buffers), values)
+    def _state_from(self, given: dict[str, Any]) -> tuple[dict[str, Any], dict[Path, str]]:
+        """The buffers, and the collection in which each was found; those that never change may be missing."""
+        initial = self.torch_module.initial()[1]
+        leaves = self.torch_module.layout.state
+        places: dict[Path, str] = {}
+        values, missing = [], []
+        for leaf in leaves:
+            found = [c for c in (_STATISTICS, _BUFFERS) if leaf_in(given.get(c, {}), leaf) is not None]
+            places[leaf.path] = found[0] if found else _STATISTICS
+            values.append(leaf_in(given[found[0]] if found else initial, leaf))
+            if not found and leaf.statistic:
+                missing.append(leaf)
+        if missing:
+            flatten(self.torch_module.name, _STATISTICS, missing, {})  # raises, with all of their names
+        return nest(leaves, values), places
 
-    def _store(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+    def _store(self, old: dict[str, Any], new: dict[str, Any], places: dict[Path, str]) -> None:
         assert self.scope is not None
-        for collection, leaves in self._collections().items():
-            if collection == _PARAMS:
-                continue
-            before = flatten("apply", collection, leaves, _own(leaves, old))
-            after = flatten("apply", collection, leaves, _own(leaves, new))
-            if all(a is b for a, b in zip(after, before, strict=True)):
-                continue
+        leaves = self.torch_module.layout.state
+        changed = {places[leaf.path] for leaf in leaves if leaf_in(new, leaf) is not leaf_in(old, leaf)}
+        for collection in sorted(changed):
             if not self.is_mutable_collection(collection):
                 raise StateError(
-                    f"{self.torch_module.name}: {collection}: changed by the forward pass, expected the collection "
-                    f"to be mutable. Call `apply(..., mutable=['{collection}'])`, or with `train=False`."
+                    f"{self.torch_module.name}: {collection}: changed by the forward pass, expected the collection to "
+                    f"be mutable. Call `apply(..., mutable=['{collection}'])`, or with `train=False`."
                 )
-            for name, subtree in nest(leaves, after).items():
+            here = [leaf for leaf in leaves if places[leaf.path] == collection]
+            for name, subtree in nest(here, (leaf_in(new, leaf) for leaf in here)).items():
                 self.scope.put_variable(collection, name, subtree)
 
 
 def _own(leaves: tuple[Leaf, ...], tree: Any) -> dict[str, Any]:
     """The part of a collection that belongs to these leaves; a parent may share its scope with others."""
-    wanted = nest(leaves, leaves)
-
-    def pick(wanted: Any, tree: Any) -> Any:
-        if not isinstance(wanted, dict) or not isinstance(tree, Mapping):
-            return tree
-        return {key: pick(child, tree[key]) for key, child in wanted.items() if key in tree}
-
-    return pick(wanted, tree)
+    names = {leaf.path[0] for leaf in leaves}
+    return {name: subtree for name, subtree in tree.items() if name in names}
 
 
 def _copied(tree: Any) -> Any:

@@ -1,0 +1,15 @@
+"""Torch modules as Equinox modules; needs the extra `equinox`."""
+
+try:
+    import equinox as _equinox
+except ImportError as _error:
+    raise ImportError(
+        "pytorch2jax.equinox: expected the package `equinox`, which is not installed. Install it with "
+        "`pip install 'pytorch2jax[equinox]'`."
+    ) from _error
+
+from pytorch2jax.equinox._module import TorchModule, convert_pytnn_to_equinox
+
+__all__ = ["TorchModule", "convert_pytnn_to_equinox"]
+
+del _equinox

@@ -1,0 +1,91 @@
+"""A torch module as an Equinox module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import equinox as eqx
+import torch
+
+from pytorch2jax._errors import StateError
+from pytorch2jax._module import ConvertedModule
+
+
+def convert_pytnn_to_equinox(
+    model: torch.nn.Module, *, with_state: bool = False, copy: bool = True, prefix: str = ""
+) -> Any:
+    """Turn a torch module into an Equinox module.
+
+    Args:
+        model: any `torch.nn.Module`. It is not changed, and changes to it later do not reach the result.
+        with_state: `True` puts the buffers (running statistics and the like) into an `eqx.nn.State`. `False`
+            keeps them, at their present values, inside the module.
+        copy: see `convert_pytnn_to_jax`.
+        prefix: put in front of the keywords `key`, `state` and `inference` of a call, for models whose `forward`
+            has arguments of these names.
+
+    Returns:
+        An `eqx.Module`, or with `with_state=True` `(module, eqx.nn.State)`. Its array leaves are the parameters, in
+        the field `params`, a nested dict by torch's names. It is called with what `forward` takes, and with
+        `key=` for dropout; with state, also with `state=` (or the state as the last positional argument), and
+        then returns `(out, new_state)`. It starts with `inference=True`, which `eqx.nn.inference_mode` changes for
+        a whole model and `m(..., inference=False)` for one call. A module whose field `inference` is None
+        keeps each submodule's own flag at conversion.
+
+    Raises:
+        ConversionError: the module is of a kind that cannot be converted.
+        StateError, RandomnessError, StructureError: in a call; the message says what to do.
+
+    Example:
+        >>> import equinox as eqx, jax.numpy as jnp, torch
+        >>> m = convert_pytnn_to_equinox(torch.nn.Linear(3, 2))
+        >>> eqx.filter_jit(m)(jnp.ones((4, 3))).shape
+        (4, 2)
+        >>> eqx.filter_grad(lambda m: m(jnp.ones((4, 3))).sum())(m).params["bias"]
+        Array([4., 4.], dtype=float32)
+    """
+    keywords = {"key": None, "state": None, "inference": None}
+    converted = ConvertedModule(model, copy=copy, prefix=prefix, keywords=keywords)
+    params, state = converted.take_initial()
+    if not with_state:
+        return TorchModule(params, None, converted)
+    return eqx.nn.make_with_state(TorchModule)(params, state, converted)
+
+
+class TorchModule(eqx.Module):
+    """What `convert_pytnn_to_equinox` returns; see there."""
+
+    params: dict[str, Any]
+    inference: bool | None
+    state_index: eqx.nn.StateIndex[Any] | None
+    torch_module: ConvertedModule = eqx.field(static=True)
+
+    def __init__(self, params: dict[str, Any], state: dict[str, Any] | None, converted: ConvertedModule) -> None:
+        self.params = params
+        self.inference = True
+        self.state_index = None if state is None else eqx.nn.StateIndex(state)
+        self.torch_module = converted
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        options, kwargs = self.torch_module.split_keywords(kwargs)
+        state = options["state"]
+        if state is None and args and isinstance(args[-1], eqx.nn.State):
+            args, state = args[:-1], args[-1]
+        inference = self.inference if options["inference"] is None else options["inference"]
+        train = None if inference is None else not inference
+        old = None if self.state_index is None else self._checked(state).get(self.state_index)
+        argument = "key=jax.random.key(...)"
+        out, new = self.torch_module.apply(
+            self.params, old, args, kwargs, rng=options["key"], train=train, rng_argument=argument
+        )
+        if self.state_index is None:
+            return out
+        return out, state if new is old else state.set(self.state_index, new)
+
+    def _checked(self, state: Any) -> eqx.nn.State:
+        if not isinstance(state, eqx.nn.State):
+            raise StateError(
+                f"{self.torch_module.name}: state: expected the eqx.nn.State that the conversion returned, got "
+                f"{type(state).__name__}. Call `out, state = module(x, state=state)`."
+            )
+        return state

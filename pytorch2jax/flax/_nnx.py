@@ -1,0 +1,125 @@
+"""A torch module as a Flax NNX module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import torch
+from flax import nnx
+
+from pytorch2jax._errors import RandomnessError
+from pytorch2jax._module import ConvertedModule
+from pytorch2jax._params import leaf_in, nest
+
+
+class Buffer(nnx.Variable[Any]):
+    """A buffer of a torch module that training does not change."""
+
+
+_MODE = "mode"  # the default of `train`: what `m.train()` and `m.eval()` have set
+
+
+def convert_pytnn_to_nnx(
+    model: torch.nn.Module,
+    *,
+    rngs: nnx.Rngs | None = None,
+    example_args: tuple[Any, ...] = (),
+    example_kw: dict[str, Any] | None = None,
+    copy: bool = True,
+    prefix: str = "",
+) -> TorchModule:
+    """Turn a torch module into a Flax NNX module.
+
+    Args:
+        model: any `torch.nn.Module`. It is not changed, and changes to it later do not reach the result.
+        rngs: where the module takes its random numbers from (the stream `dropout`) when a call passes none.
+        example_args, example_kw: optional arguments like those of a call. With them, the buffers that training
+            changes are found by a run on fake tensors; without, they are the statistics of normalisations.
+        copy: see `convert_pytnn_to_jax`.
+        prefix: put in front of the keywords `train` and `rngs` of a call, for models whose `forward` has
+            arguments of these names.
+
+    Returns:
+        An `nnx.Module`. It is called with what `forward` takes. Its attributes `params`, `batch_stats` and
+        `buffers` are nested dicts by torch's names, of `nnx.Param`, `nnx.BatchStat` and `Buffer`. It starts in
+        eval mode; `m.train()` and `m.eval()` change that, and `m(..., train=True)` overrides it for one call
+        (`train=None`: each submodule's own flag at conversion). In train mode a call updates the statistics, and
+        draws from `m(..., rngs=...)` (`nnx.Rngs`, a stream or a key) or from the `rngs` given here.
+
+    Raises:
+        ConversionError: the module is of a kind that cannot be converted.
+        RandomnessError, StructureError: in a call; the message says what to do.
+
+    Example:
+        >>> import jax.numpy as jnp, torch
+        >>> from flax import nnx
+        >>> m = convert_pytnn_to_nnx(torch.nn.Linear(3, 2))
+        >>> m(jnp.ones((4, 3))).shape
+        (4, 2)
+        >>> gradient = nnx.grad(lambda m: m(jnp.ones((4, 3))).sum())(m)
+        >>> gradient["params"]["bias"].get_value()
+        Array([4., 4.], dtype=float32)
+    """
+    converted = ConvertedModule(model, copy=copy, prefix=prefix, keywords={"train": _MODE, "rngs": None})
+    statistics = {leaf for leaf in converted.layout.state if leaf.statistic}
+    if example_args or example_kw:
+        statistics = converted.trained_statistics(example_args, example_kw or {})
+    return TorchModule(converted, {leaf.path for leaf in statistics}, rngs)
+
+
+class TorchModule(nnx.Module):
+    """What `convert_pytnn_to_nnx` returns; see there."""
+
+    def __init__(self, converted: ConvertedModule, statistics: set[Any], rngs: nnx.Rngs | None) -> None:
+        params, state = converted.take_initial()
+        leaves = converted.layout.state
+        kept = [leaf for leaf in leaves if leaf.path in statistics]
+        others = [leaf for leaf in leaves if leaf.path not in statistics]
+        self.torch_module = converted
+        self.params = nnx.data(jax.tree.map(nnx.Param, params))
+        self.batch_stats = nnx.data(nest(kept, (nnx.BatchStat(leaf_in(state, leaf)) for leaf in kept)))
+        self.buffers = nnx.data(nest(others, (Buffer(leaf_in(state, leaf)) for leaf in others)))
+        self.deterministic: bool | None = True
+        self.rngs = nnx.data(None if rngs is None else rngs.dropout.fork())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        options, kwargs = self.torch_module.split_keywords(kwargs)
+        train = options["train"]
+        if train == _MODE:
+            train = None if self.deterministic is None else not self.deterministic
+        key = self._key(self.rngs if options["rngs"] is None else options["rngs"], train)
+        state = self._state()
+        out, new_state = self.torch_module.apply(
+            _values(self.params), _values(state), args, kwargs, rng=key, train=train, rng_argument="rngs=nnx.Rngs(0)"
+        )
+        for leaf in self.torch_module.layout.state:
+            variable, value = leaf_in(state, leaf), leaf_in(new_state, leaf)
+            if value is not variable.get_value():
+                variable.set_value(value)
+        return out
+
+    def _state(self) -> dict[str, Any]:
+        """All buffers, in one nested dict of variables."""
+        leaves = self.torch_module.layout.state
+        found = [leaf_in(self.batch_stats, leaf) for leaf in leaves]
+        return nest(leaves, (leaf_in(self.buffers, x) if v is None else v for v, x in zip(found, leaves, strict=True)))
+
+    def _key(self, source: Any, train: bool | None) -> Any:
+        """A key from what the caller passed; streams move on only where a model may draw."""
+        if source is None or train is False:
+            return None
+        if isinstance(source, nnx.Rngs):
+            return source.dropout()
+        if isinstance(source, nnx.RngStream):
+            return source()
+        if hasattr(source, "dtype"):
+            return source
+        raise RandomnessError(
+            f"{self.torch_module.name}: rngs: expected nnx.Rngs, one of its streams or a JAX key, got "
+            f"{type(source).__name__}. Pass `rngs=nnx.Rngs(0)`."
+        )
+
+
+def _values(tree: Any) -> Any:
+    return jax.tree.map(lambda v: v.get_value(), tree, is_leaf=lambda v: isinstance(v, nnx.Variable))
