@@ -61,6 +61,9 @@ class TorchCallable(Protocol):
     def learning(self) -> contextlib.AbstractContextManager[None]:
         """Around the run that infers: a chance to see what else a call leaves behind."""
 
+    def left_behind(self) -> list[tuple[str, torch.Tensor]]:
+        """The tensors that the last call has left in attributes, with their addresses."""
+
     def constants(self, device: torch.device) -> list[torch.Tensor]:
         """The callable's own tensors, for those that are not given; `[]` if it has none."""
 
@@ -233,6 +236,8 @@ class BoundFunction(RootProgram):
                     self._tensor_specs,
                     functools.partial(self._values, arrays),
                     self._what.device,
+                    len(self.function.own),
+                    self.function.call.left_behind,
                 )
         self._out_dtypes = tuple(dtype_j2t(spec.dtype) for spec in self.inferred.specs)
         self._needs_grad = self.inferred.needs_grad

@@ -15,8 +15,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from pytorch2jax._dtypes import canonical_dtype_t2j, dtype_j2t
-from pytorch2jax._errors import InferenceError, LeafTypeError, Pytorch2JaxError
-from pytorch2jax._internals import TorchDispatchMode, fake_tensor_mode
+from pytorch2jax._errors import InferenceError, LeafTypeError, Pytorch2JaxError, StateError
+from pytorch2jax._internals import TorchDispatchMode, fake_tensor_mode, torch_pytree
 from pytorch2jax._torch_state import differentiable_kernels
 from pytorch2jax._trees import CONSTANTS, OutputTree, flatten_output, output_paths, static_outputs
 
@@ -69,6 +69,8 @@ def infer(
     inputs: Sequence[TensorSpec],
     values: Callable[[], list[torch.Tensor]],
     device: torch.device,
+    n_own: int = 0,
+    left_behind: Callable[[], list[tuple[str, torch.Tensor]]] = list,
 ) -> Inferred:
     """Find out what `call` returns for inputs of these specs.
 
@@ -78,12 +80,15 @@ def infer(
         inputs: the specs of its inputs.
         values: gives real input tensors, owned by nobody else, for the case that fake ones do not do.
         device: where the tensors are.
+        n_own: how many of the inputs are the function's own tensors.
+        left_behind: tells which tensors a run has left in the function's own attributes, and where.
 
     Raises:
+        StateError: a run reads what the run before has computed from its arguments.
         InferenceError: the function could be run neither on fake nor on real tensors.
     """
     try:
-        return _infer_fake(name, call, inputs, device)
+        return _infer_fake(name, call, inputs, device, n_own, left_behind)
     except Pytorch2JaxError:
         raise
     except Exception as error:
@@ -101,13 +106,47 @@ def infer(
         ) from error
 
 
-def _infer_fake(name: str, call: FlatCall, inputs: Sequence[TensorSpec], device: torch.device) -> Inferred:
-    tracker = _Tracker()
-    with torch.random.fork_rng([]), differentiable_kernels(), fake_tensor_mode(), tracker:
+def _infer_fake(
+    name: str,
+    call: FlatCall,
+    inputs: Sequence[TensorSpec],
+    device: torch.device,
+    n_own: int,
+    left_behind: Callable[[], list[tuple[str, torch.Tensor]]],
+) -> Inferred:
+    tracker, fakes = _Tracker(), fake_tensor_mode()
+    with torch.random.fork_rng([]), differentiable_kernels(), fakes, tracker:
         tensors = [torch.empty(s.shape, dtype=s.dtype, device=device) for s in inputs]
-        tracker.watch(tensors)
+        tracker.watch(tensors, tensors[n_own:])
         result, needs_grad = run_without_graph(call, tensors)
-        return _conclude(name, result, tensors, tracker)._replace(needs_grad=needs_grad)
+        inferred = _conclude(name, result, tensors, tracker)._replace(needs_grad=needs_grad)
+        kept = [(where, tensor) for where, tensor in left_behind() if tracker.is_derived(tensor)]
+    if kept:
+        with fakes:
+            _check_not_read(name, call, inputs, device, kept)
+    return inferred
+
+
+def _check_not_read(
+    name: str,
+    call: FlatCall,
+    inputs: Sequence[TensorSpec],
+    device: torch.device,
+    kept: Sequence[tuple[str, torch.Tensor]],
+) -> None:
+    """Run once more, to see whether that run reads what the first one has kept of its arguments."""
+    tracker = _Tracker()
+    with differentiable_kernels(), tracker:
+        tensors = [torch.empty(s.shape, dtype=s.dtype, device=device) for s in inputs]
+        tracker.watch(tensors, [tensor for _, tensor in kept])
+        run_without_graph(call, tensors)
+    read = sorted({where for where, tensor in kept if tracker.has_read(tensor)})
+    if read:
+        raise StateError(
+            f"{name}: {', '.join(read)}: the forward pass keeps here what it computes from its arguments, and reads it "
+            "in the next call, which a function of its arguments cannot. Let `forward` take and return it, or "
+            "make it a buffer (`register_buffer`) and convert with state."
+        )
 
 
 def _infer_real(name: str, call: FlatCall, inputs: Sequence[TensorSpec], tensors: list[torch.Tensor]) -> Inferred:
@@ -215,9 +254,24 @@ class _Tracker(TorchDispatchMode):
         self.random = False
         self._written: set[int] = set()
         self._watched: list[int] = []
+        self._sources: frozenset[int] = frozenset()
+        self._derived: set[int] = set()
+        self._read: set[int] = set()
+        self._alive: list[Any] = []  # so that no storage gets the address of another one
 
-    def watch(self, tensors: Sequence[torch.Tensor]) -> None:
+    def watch(self, tensors: Sequence[torch.Tensor], sources: Sequence[torch.Tensor] = ()) -> None:
+        """Look out for writes to `tensors`, and for everything that is computed from `sources`."""
         self._watched = [_storage(t) for t in tensors]
+        self._derived = {_storage(t) for t in sources}
+        self._sources = frozenset(self._derived)
+
+    def is_derived(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor was computed from the sources."""
+        return _storage(tensor) in self._derived
+
+    def has_read(self, source: torch.Tensor) -> bool:
+        """Whether an operator had this source for an input."""
+        return _storage(source) in self._read
 
     def written(self) -> frozenset[int]:
         return frozenset(i for i, storage in enumerate(self._watched) if storage in self._written)
@@ -230,7 +284,24 @@ class _Tracker(TorchDispatchMode):
             for tensor in value if isinstance(value, (list, tuple)) else (value,):
                 if isinstance(tensor, torch.Tensor):
                     self._written.add(_storage(tensor))
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if self._derived and not _is_factory(func):
+            self._follow(args, kwargs, out)
+        return out
+
+    def _follow(self, args: Any, kwargs: Any, out: Any) -> None:
+        storages = {_storage(t) for t in torch_pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        self._read |= storages & self._sources
+        if storages & self._derived:
+            outputs = [t for t in torch_pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+            self._derived.update(map(_storage, outputs))
+            self._alive += outputs
+
+
+def _is_factory(func: Any) -> bool:
+    """Whether an operator takes nothing but shape and dtype from its tensors: `zeros_like`, `new_ones`."""
+    name = func._schema.name.removeprefix("aten::")
+    return name.endswith("_like") or name.startswith("new_")
 
 
 def _arguments(schema: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:

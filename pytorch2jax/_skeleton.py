@@ -18,6 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from pytorch2jax._errors import ConversionError
+from pytorch2jax._internals import torch_pytree
 from pytorch2jax._params import Leaf, Slots
 
 
@@ -39,6 +40,7 @@ class Skeleton:
         self._constants: dict[torch.device, list[torch.Tensor]] = {}
         self._flags = {None: _training_flags(self._module)}
         self._leftovers: dict[tuple[int, str], _Attribute] = {}
+        self._before: list[_Attributes] = []
         self._lock = threading.RLock()
         self._depth = 0
         self._empty()
@@ -84,13 +86,23 @@ class Skeleton:
     @contextlib.contextmanager
     def learning(self) -> Iterator[None]:
         """Find out which plain attributes `forward` sets, to put them back after each call."""
-        before = [_Attributes(m) for m in self._module.modules()]
+        self._before = [_Attributes(name, m) for name, m in self._module.named_modules()]
         try:
             yield
         finally:
-            for attributes in before:
-                for key, attribute in attributes.changes().items():
-                    self._leftovers.setdefault(key, attribute)
+            for attribute in self._changes():
+                self._leftovers.setdefault((id(attribute.attributes), attribute.name), attribute)
+            self._before = []
+
+    def _changes(self) -> list[_Attribute]:
+        return [attribute for attributes in self._before for attribute in attributes.changes()]
+
+    def left_behind(self) -> list[tuple[str, torch.Tensor]]:
+        found = []
+        for attribute in self._changes():
+            leaves = torch_pytree.tree_leaves(attribute.attributes.get(attribute.name))
+            found += [(attribute.path, t) for t in leaves if isinstance(t, torch.Tensor)]
+        return found
 
     def constants(self, device: torch.device) -> list[torch.Tensor]:
         if device not in self._constants:
@@ -105,6 +117,7 @@ _CONTAINERS = (list, dict, set, collections.OrderedDict)
 class _Attribute(NamedTuple):
     """A plain attribute of a module as it was: its value, and the contents of a container."""
 
+    path: str
     attributes: dict[str, Any]
     name: str
     value: Any
@@ -139,7 +152,8 @@ class _Attributes:
 
     _OTHER = ("_parameters", "_buffers", "_modules", "training")
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, path: str, module: nn.Module) -> None:
+        self._path = path
         self._dict = module.__dict__
         self._before = {name: self._get(name) for name in self._names()}
 
@@ -148,13 +162,14 @@ class _Attributes:
 
     def _get(self, name: str) -> _Attribute:
         value = self._dict.get(name, _MISSING)
-        return _Attribute(self._dict, name, value, copy.copy(value) if type(value) in _CONTAINERS else None)
+        path = f"{self._path}.{name}" if self._path else name
+        contents = copy.copy(value) if type(value) in _CONTAINERS else None
+        return _Attribute(path, self._dict, name, value, contents)
 
-    def changes(self) -> dict[tuple[int, str], _Attribute]:
+    def changes(self) -> list[_Attribute]:
         """The attributes that have changed since, as they were before."""
-        for name in self._names() - self._before.keys():
-            self._before[name] = _Attribute(self._dict, name, _MISSING, None)
-        return {(id(self._dict), n): old for n, old in self._before.items() if not old.is_unchanged()}
+        new = [self._get(name)._replace(value=_MISSING, contents=None) for name in self._names() - self._before.keys()]
+        return new + [old for old in self._before.values() if not old.is_unchanged()]
 
 
 def _training_flags(module: nn.Module) -> list[tuple[nn.Module, bool]]:

@@ -143,6 +143,9 @@ class _PlainCall:
     def learning(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
+    def left_behind(self) -> list[tuple[str, torch.Tensor]]:
+        return []
+
     def constants(self, device: torch.device) -> list[torch.Tensor]:
         return []
 
