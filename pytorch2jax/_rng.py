@@ -39,13 +39,18 @@ def seed_from_key(call: str, key: Any) -> jax.Array:
     )
 
 
+def torch_seed(words: Iterable[int]) -> int:
+    """The 64-bit seed that torch gets for a key's 32-bit words; every bit of the key counts (FNV-1a)."""
+    mixed = 0
+    for word in words:
+        mixed = ((mixed ^ word) * 0x100000001B3 + 0x9E3779B97F4A7C15) % 2**64
+    return mixed
+
+
 @contextlib.contextmanager
 def seeded(seed: torch.Tensor) -> Iterator[None]:
     """Seed torch's default generators from `seed` (`uint32[n]`) and put their states back afterwards."""
-    words = seed.tolist()
-    mixed = 0
-    for word in words:  # FNV-1a over 32-bit words: every bit of the key counts
-        mixed = ((mixed ^ word) * 0x100000001B3 + 0x9E3779B97F4A7C15) % 2**64
+    mixed = torch_seed(seed.tolist())
     devices = [torch.cuda.current_device()] if seed.is_cuda else []
     with _GENERATORS, torch.random.fork_rng(devices):
         torch.random.default_generator.manual_seed(mixed)
