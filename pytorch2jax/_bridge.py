@@ -39,6 +39,9 @@ def call_in_xla(program: Program, *arrays: Any) -> tuple[Any, ...]:
 def _callback(program: Program) -> Callable[..., None]:
     def run(context: ExecutionContext, results: Sequence[Any], *arguments: Any) -> None:
         try:
+            if torch.is_inference_mode_enabled():
+                with torch.inference_mode(False):
+                    return run(context, results, *arguments)
             tensors = [tensor_from_capsule(a.__dlpack__()) for a in arguments]
             buffers = [tensor_from_capsule(r.__dlpack__()) for r in results]
             if any(t.is_cuda for t in (*tensors[:1], *buffers[:1])):
@@ -86,6 +89,7 @@ def _report(program: Program, error: Exception) -> str:
         while len(_errors) > _KEPT_ERRORS:
             _errors.popitem(last=False)
     text = "".join(traceback.format_exception(error))
+    traceback.clear_frames(error.__traceback__)  # they hold views of XLA's memory
     return f"pytorch2jax error {number}: {program.describe()} raised {type(error).__name__}: {error}\n{text}"
 
 

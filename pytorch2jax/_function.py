@@ -6,10 +6,12 @@ comes out, the root of everything that `_transforms.py` derives.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import functools
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -18,10 +20,17 @@ import numpy as np
 import torch
 
 from pytorch2jax._dtypes import dtype_j2t, narrowed
-from pytorch2jax._errors import LeafTypeError, OutputMismatchError, StateError
+from pytorch2jax._errors import (
+    DtypeError,
+    LeafTypeError,
+    OutputMismatchError,
+    RandomnessError,
+    StateError,
+)
 from pytorch2jax._inference import (
     Inferred,
     Spec,
+    Surroundings,
     TensorSpec,
     as_output_tensor,
     check_static_outputs,
@@ -61,8 +70,8 @@ class TorchCallable(Protocol):
     def learning(self) -> contextlib.AbstractContextManager[None]:
         """Around the run that infers: a chance to see what else a call leaves behind."""
 
-    def left_behind(self) -> list[tuple[str, torch.Tensor]]:
-        """The tensors that the last call has left in attributes, with their addresses."""
+    def surroundings(self) -> Surroundings:
+        """What inference has to know of the callable besides its arguments."""
 
     def constants(self, device: torch.device) -> list[torch.Tensor]:
         """The callable's own tensors, for those that are not given; `[]` if it has none."""
@@ -125,8 +134,9 @@ class TorchFunction:
         self.examples: list[Any] = []  # arguments to try the function on where it has to run for inference
         self.example_specs: tuple[Spec, ...] | None = None
         self.said: set[str] = set()
-        self._bound: dict[Hashable, BoundFunction] = {}
-        self._lock = threading.Lock()
+        self.compiled: dict[Any, Callable[..., Any]] = {}  # of programs that ran outside of jit
+        self._bound: collections.OrderedDict[Hashable, BoundFunction] = collections.OrderedDict()
+        self._lock = threading.RLock()  # a torch function may call the JAX function that it is
 
     def bind(
         self,
@@ -164,8 +174,21 @@ class TorchFunction:
             if key not in self._bound:
                 call = _Call(arguments._replace(arrays=[]), len(own), variant, state, device)
                 self._bound[key] = BoundFunction(self, call, specs, key)
-                self._bound[key].infer([*own, *arguments.arrays], output_shapes)
+                try:
+                    self._bound[key].infer([*own, *arguments.arrays], output_shapes)
+                except BaseException:
+                    del self._bound[key]
+                    raise
+                while len(self._bound) > _KEPT_PROGRAMS:  # a new static value for each call
+                    self._forget(self._bound.popitem(last=False)[1])
             return self._bound[key]
+
+    def _forget(self, program: BoundFunction) -> None:
+        for derived in [p for p in self.compiled if p.root is program or p.root == program]:
+            del self.compiled[derived]
+
+
+_KEPT_PROGRAMS = 256
 
 
 class _Call(NamedTuple):
@@ -196,7 +219,11 @@ class BoundFunction(RootProgram):
 
     def __init__(self, function: TorchFunction, call: _Call, specs: tuple[Spec, ...], key: Hashable) -> None:
         super().__init__((function.identity, key))
-        self.function = function
+        # Not the function itself, which keeps the compiled calls of its programs: jax's caches hold programs, and
+        # a way from there to the compiled call, under which they are filed, would keep both for ever.
+        self._function = weakref.ref(function)
+        self._callable, self._own, self._said = function.call, function.own, function.said
+        self._widen_ints = function.widen_ints
         self.name = function.name
         self.state = call.state
         self._what = call
@@ -206,20 +233,23 @@ class BoundFunction(RootProgram):
 
     def _set_dtypes(self) -> None:
         """Which torch dtype each tensor has, and which inputs have to be converted to it."""
-        given, own, specs = self._what.n_given, self.function.own, self.in_specs
+        given, own, specs = self._what.n_given, self._own, self.in_specs
         tensors = []
         for index, spec in enumerate(specs):
-            dtype = dtype_j2t(spec.dtype)
+            path = own[index].path if index < given else self._what.arguments.path(index - given)
+            try:
+                dtype = dtype_j2t(spec.dtype)
+            except DtypeError as error:
+                raise DtypeError(f"{self.name}: {path}: {error}") from None
             if index < given:
-                wide, path = own[index].dtype, own[index].path
+                wide = own[index].dtype
             else:
-                wide = torch.int64 if self.function.widen_ints and dtype == torch.int32 else dtype
-                path = self._what.arguments.path(index - given)
+                wide = torch.int64 if self._widen_ints and dtype == torch.int32 else dtype
             tensors.append(TensorSpec(spec.shape, wide if narrowed(wide) == dtype else dtype, path))
         self._widened = [
             (i, t.dtype) for i, (t, s) in enumerate(zip(tensors, specs, strict=True)) if t.dtype != dtype_j2t(s.dtype)
         ]
-        constants = self.function.call.constants(self._what.device)[given:]
+        constants = self._callable.constants(self._what.device)[given:]
         held = [TensorSpec(tuple(c.shape), c.dtype, o.path) for c, o in zip(constants, own[given:], strict=True)]
         self._n_held = len(held)
         self._tensor_specs = [*tensors[:given], *held, *tensors[given:]]
@@ -229,19 +259,23 @@ class BoundFunction(RootProgram):
         if output_shapes is not None:
             self.inferred = declared(self.name, output_shapes, len(self._tensor_specs))
         else:
-            with self.session(), self.function.call.learning():
-                self.inferred = infer(
-                    self.name,
-                    self._call,
-                    self._tensor_specs,
-                    functools.partial(self._values, arrays),
-                    self._what.device,
-                    len(self.function.own),
-                    self.function.call.left_behind,
-                )
+            with self.session(), self._callable.learning():
+                values = functools.partial(self._values, arrays)
+                around = self._callable.surroundings()
+                self.inferred = infer(self.name, self._call, self._tensor_specs, values, self._what.device, around)
         self._out_dtypes = tuple(dtype_j2t(spec.dtype) for spec in self.inferred.specs)
         self._needs_grad = self.inferred.needs_grad
+        n_own = len(self._own)
+        kept = range(n_own, len(self._tensor_specs)) if self.inferred.retains else ()
+        self._copied = tuple(sorted(self.inferred.written.union(kept)))
         self.out_specs = self.inferred.specs
+        changed = [self._tensor_specs[i].path for i in self.inferred.changed]
+        trained = [path for path in changed if path.startswith("params.")]
+        if trained:
+            raise StateError(
+                f"{self.name}: {', '.join(trained)}: a parameter that the forward pass changes, expected parameters to "
+                "be arguments only. Make it a buffer (`register_buffer`), or change it outside of `forward`."
+            )
         unasked = [self._tensor_specs[i].path for i in self.inferred.changed if i >= self._what.n_given]
         if unasked:
             raise StateError(
@@ -251,12 +285,12 @@ class BoundFunction(RootProgram):
 
     def _values(self, arrays: Sequence[Any]) -> list[torch.Tensor]:
         """Real tensors to try the function on."""
-        given, function, device = self._what.n_given, self.function, self._what.device
-        known: list[Any] = [t.value() for t in function.own[:given]]
-        if tuple(map(spec_of, arrays[given:])) == function.example_specs:
+        given, device, function = self._what.n_given, self._what.device, self._function()
+        known: list[Any] = [t.value() for t in self._own[:given]]
+        if function is not None and tuple(map(spec_of, arrays[given:])) == function.example_specs:
             known += function.examples
         known += [None] * (len(arrays) - len(known))
-        constants = [c.clone() for c in function.call.constants(device)[given:]]
+        constants = [c.clone() for c in self._callable.constants(device)[given:]]
         specs = [*self._tensor_specs[:given], *self._tensor_specs[given + len(constants) :]]
         tensors = [_concrete(a, k, s, device) for a, k, s in zip(arrays, known, specs, strict=True)]
         return [*tensors[:given], *constants, *tensors[given:]]
@@ -292,16 +326,20 @@ class BoundFunction(RootProgram):
         return self.name
 
     def first_time(self, message: str) -> bool:
-        new = message not in self.function.said
-        self.function.said.add(message)
+        new = message not in self._said
+        self._said.add(message)
         return new
 
+    def compiled_calls(self) -> dict[Any, Callable[..., Any]]:
+        function = self._function()
+        return {} if function is None else function.compiled
+
     def session(self) -> contextlib.AbstractContextManager[None]:
-        return self.function.call.exclusive() if self.state.is_current() else self._session_in_state()
+        return self._callable.exclusive() if self.state.is_current() else self._session_in_state()
 
     @contextlib.contextmanager
     def _session_in_state(self) -> Iterator[None]:
-        with self.function.call.exclusive(), self.state.applied():
+        with self._callable.exclusive(), self.state.applied():
             yield
 
     def run(self, tensors: Sequence[torch.Tensor], style: Style, around: Around) -> Tensors:
@@ -312,13 +350,33 @@ class BoundFunction(RootProgram):
         if self._n_held:
             given = self._what.n_given
             device = inputs[0].device if inputs else self._what.device
-            inputs[given:given] = self.function.call.constants(device)[given:]
-        for index in self.inferred.written:  # XLA's buffers are read only
+            inputs[given:given] = self._callable.constants(device)[given:]
+        for index in self._copied:  # XLA's buffers are read only
             inputs[index] = inputs[index].clone()
-        if seed is None:
-            return self._outputs(*self._call_recording(inputs))
-        with seeded(seed):
-            return self._outputs(*self._call_recording(inputs))
+        if seed is not None:
+            with seeded(seed, host=self.inferred.host_random):
+                return self._outputs(inputs, *self._call_recording(inputs))
+        if self.inferred.certain:
+            return self._outputs(inputs, *self._call_recording(inputs))
+        before = torch.get_rng_state()
+        outputs = self._outputs(inputs, *self._call_recording(inputs))
+        if not torch.equal(torch.get_rng_state(), before):
+            raise RandomnessError(
+                f"{self.name}: draws random numbers on these values, and drew none on those that it was tried on. "
+                "Let it draw on all values, or pass a key (`rng=`)."
+            )
+        return outputs
+
+    def check_inputs(self, versions: Sequence[int]) -> None:
+        """Complain about inputs that were written to though nobody expected it; from now on all are copied."""
+        if any(versions):
+            self._copied = tuple(range(len(self._tensor_specs)))
+            first = next(i for i, version in enumerate(versions) if version)
+            raise StateError(
+                f"{self.name}: wrote to an input in place (input {first}), which it did not when it was traced: the "
+                "JAX array has changed. From now on its inputs are copied first. "
+                "Write to a copy (`x = x.clone()`) where it depends on values or on earlier calls."
+            )
 
     def _call_recording(self, inputs: list[torch.Tensor]) -> tuple[Any, list[torch.Tensor]]:
         """Call with a graph where somebody asks for one, be it the function itself."""
@@ -331,21 +389,32 @@ class BoundFunction(RootProgram):
             return self._call(inputs)
 
     def _call(self, inputs: list[torch.Tensor]) -> tuple[Any, list[torch.Tensor]]:
-        arguments, n_own = self._what.arguments, len(self.function.own)
+        arguments, n_own = self._what.arguments, len(self._own)
         leaves = list(arguments.leaves)
         for position, tensor in zip(arguments.positions, inputs[n_own:], strict=True):
             leaves[position] = tensor
         args, kwargs = arguments.treedef.unflatten(leaves)
-        return self.function.call(inputs[:n_own], self._what.variant, args, kwargs)
+        return self._callable(inputs[:n_own], self._what.variant, args, kwargs)
 
-    def _outputs(self, out: Any, after: list[torch.Tensor]) -> Tensors:
+    def _outputs(self, inputs: list[torch.Tensor], out: Any, after: list[torch.Tensor]) -> Tensors:
         if isinstance(out, torch.Tensor) and self.inferred.tree.kind == "leaf":
             leaves = [out]
         else:
             leaves, tree = flatten_output(out, is_output_leaf)
             self._check_structure(tree)
+        if after:
+            self._check_unchanged(inputs, after)
         leaves += [after[i] for i in self.inferred.changed]
         return tuple(map(self._output, leaves, self.inferred.outputs, self._out_dtypes))
+
+    def _check_unchanged(self, inputs: list[torch.Tensor], after: list[torch.Tensor]) -> None:
+        for index, (new, old) in enumerate(zip(after, inputs, strict=False)):
+            if new is not old and index not in self.inferred.changed:
+                raise StateError(
+                    f"{self.name}: {self._tensor_specs[index].path}: changed by this call, and not by the one that "
+                    "was traced. State that changes on some calls only cannot be used under JAX: change it on every "
+                    "call, with `torch.where` for the condition."
+                )
 
     def _check_structure(self, tree: Any) -> None:
         if tree != self.inferred.tree:

@@ -7,17 +7,20 @@ follow (they read values, leave torch, or are TorchScript) are run once for real
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from pytorch2jax._dtypes import canonical_dtype_t2j, dtype_j2t
 from pytorch2jax._errors import InferenceError, LeafTypeError, Pytorch2JaxError, StateError
-from pytorch2jax._internals import TorchDispatchMode, fake_tensor_mode, torch_pytree
-from pytorch2jax._torch_state import differentiable_kernels
+from pytorch2jax._internals import fake_tensor_mode
+from pytorch2jax._torch_state import differentiable_kernels, forked_generators, host_generators
+from pytorch2jax._tracking import Exposure, Tracker, forget
 from pytorch2jax._trees import CONSTANTS, OutputTree, flatten_output, output_paths, static_outputs
 
 
@@ -47,6 +50,9 @@ class Inferred(NamedTuple):
     random: whether random numbers are drawn.
     needs_grad: whether the function differentiates inside, and so fails under `torch.no_grad()`; None where
         that is not known.
+    host_random: whether numbers come from NumPy's or Python's global generators, too.
+    certain: whether every call does the same, as far as one can know: False where values decide.
+    retains: whether the function keeps its arguments after the call.
     """
 
     outputs: tuple[TensorSpec, ...]
@@ -56,11 +62,31 @@ class Inferred(NamedTuple):
     changed: tuple[int, ...]
     random: bool
     needs_grad: bool | None
+    host_random: bool = False
+    certain: bool = True
+    retains: bool = False
 
 
 # A torch function over flat tensors: returns what the user's function returned, and the values that the
 # function's own tensors (the first ones) have afterwards.
 FlatCall = Callable[[list[torch.Tensor]], tuple[Any, list[torch.Tensor]]]
+
+
+class Surroundings(NamedTuple):
+    """What a function has besides its arguments.
+
+    n_own: how many of its inputs, the first ones, are its own tensors.
+    left_behind: tells which tensors a run has left in its attributes, and where.
+    put_back: undoes that.
+    originals: tensors that it must not use, because others stand for them, with their names.
+    advice: what to do where inference fails.
+    """
+
+    n_own: int = 0
+    left_behind: Callable[[], list[tuple[str, torch.Tensor]]] = list
+    put_back: Callable[[], None] = lambda: None
+    originals: Callable[[], list[tuple[str, torch.Tensor]]] = list
+    advice: str = "declare what it returns with `output_shapes`"
 
 
 def infer(
@@ -69,8 +95,7 @@ def infer(
     inputs: Sequence[TensorSpec],
     values: Callable[[], list[torch.Tensor]],
     device: torch.device,
-    n_own: int = 0,
-    left_behind: Callable[[], list[tuple[str, torch.Tensor]]] = list,
+    around: Surroundings,
 ) -> Inferred:
     """Find out what `call` returns for inputs of these specs.
 
@@ -80,51 +105,93 @@ def infer(
         inputs: the specs of its inputs.
         values: gives real input tensors, owned by nobody else, for the case that fake ones do not do.
         device: where the tensors are.
-        n_own: how many of the inputs are the function's own tensors.
-        left_behind: tells which tensors a run has left in the function's own attributes, and where.
+        around: what the function has besides its arguments.
 
     Raises:
         StateError: a run reads what the run before has computed from its arguments.
         InferenceError: the function could be run neither on fake nor on real tensors.
     """
-    try:
-        return _infer_fake(name, call, inputs, device, n_own, left_behind)
-    except Pytorch2JaxError:
-        raise
-    except Exception as error:
-        fake_error = error
-    try:
-        return _infer_real(name, call, inputs, values())
-    except Pytorch2JaxError:
-        raise
-    except Exception as error:
-        raise InferenceError(
-            f"{name}: running it once to learn its outputs failed: {type(error).__name__}: {error}\n"
-            f"Inputs: {', '.join(f'{s.path}: {s.dtype}{list(s.shape)}' for s in inputs) or 'none'}. "
-            "If the function only works on other values than these, declare what it returns with "
-            f"`output_shapes`. (Before that, fake tensors failed: {type(fake_error).__name__}.)"
-        ) from error
+    with torch.inference_mode(False), forked_generators(host=True), _quiet_fake_tensors():
+        try:
+            inferred, tracker = _infer_fake(name, call, inputs, device, around)
+            reason = "tensors that it keeps"
+        except Pytorch2JaxError:
+            raise
+        except Exception as error:
+            inferred, tracker, reason = None, None, type(error).__name__
+        around.put_back()
+        if tracker is not None and inferred is not None and not _forget_survivors(name, tracker):
+            return inferred
+        try:
+            return _infer_real(name, call, inputs, values(), around)
+        except Pytorch2JaxError:
+            raise
+        except Exception as error:
+            raise InferenceError(
+                f"{name}: running it once to learn its outputs failed: {type(error).__name__}: {error}\n"
+                f"Inputs: {', '.join(f'{s.path}: {s.dtype}{list(s.shape)}' for s in inputs) or 'none'}. "
+                f"If the function only works on other values than these, {around.advice}. (Before that, fake tensors "
+                f"failed: {reason}.)"
+            ) from error
 
 
 def _infer_fake(
-    name: str,
-    call: FlatCall,
-    inputs: Sequence[TensorSpec],
-    device: torch.device,
-    n_own: int,
-    left_behind: Callable[[], list[tuple[str, torch.Tensor]]],
-) -> Inferred:
-    tracker, fakes = _Tracker(), fake_tensor_mode()
-    with torch.random.fork_rng([]), differentiable_kernels(), fakes, tracker:
+    name: str, call: FlatCall, inputs: Sequence[TensorSpec], device: torch.device, around: Surroundings
+) -> tuple[Inferred, Tracker]:
+    host = host_generators()
+    with differentiable_kernels(), fake_tensor_mode(), Exposure() as exposure:
         tensors = [torch.empty(s.shape, dtype=s.dtype, device=device) for s in inputs]
-        tracker.watch(tensors, tensors[n_own:])
-        result, needs_grad = run_without_graph(call, tensors)
-        inferred = _conclude(name, result, tensors, tracker)._replace(needs_grad=needs_grad)
-        kept = [(where, tensor) for where, tensor in left_behind() if tracker.is_derived(tensor)]
-    if kept:
-        with fakes:
+        tracker = Tracker(tensors, tensors[around.n_own :])
+        with tracker:
+            result, needs_grad = run_without_graph(call, tensors)
+            inferred = _conclude(name, result, tensors, tracker)._replace(needs_grad=needs_grad)
+        kept = [(where, tensor) for where, tensor in around.left_behind() if tracker.is_derived(tensor)]
+        if kept:
             _check_not_read(name, call, inputs, device, kept)
-    return inferred
+    used = [where for where, tensor in around.originals() if tracker.has_used(tensor)]
+    if used:
+        raise StateError(
+            f"{name}: {', '.join(used)}: used by the forward pass from somewhere else than the module's own "
+            "attributes (a closure, a hook, a plain list or object), where the parameters that JAX passes cannot "
+            "get. Reach it through `self` of the module that owns it."
+        )
+    if exposure.happened:
+        inferred = inferred._replace(written=frozenset(range(len(inputs))))
+    return _with_host_randomness(inferred, host), tracker
+
+
+def _with_host_randomness(inferred: Inferred, before: Any) -> Inferred:
+    """Whether NumPy's or Python's global generators have moved on since `before`."""
+    (python, numpy), (python_before, numpy_before) = host_generators(), before
+    same = python == python_before and all(map(np.array_equal, numpy, numpy_before))
+    return inferred if same else inferred._replace(random=True, host_random=True)
+
+
+def _forget_survivors(name: str, tracker: Tracker) -> bool:
+    """Whether the function has kept fake tensors, outside of its module's attributes; they are taken away."""
+    if not (survivors := tracker.survivors()):
+        return False
+    refused = forget(survivors)
+    del survivors
+    if tracker.survivors():
+        holders = ", ".join(sorted({t.__name__ for t in refused})) or "an unknown place"
+        raise InferenceError(
+            f"{name}: keeps tensors from one call to the next in {holders}, expected a function of its arguments. "
+            "What it keeps now has no data, because shapes were being found out: make it anew, fill it by one "
+            "call on torch tensors before wrapping, or keep it in a dict, where it can be found."
+        )
+    return True
+
+
+@contextlib.contextmanager
+def _quiet_fake_tensors() -> Iterator[None]:
+    """Torch logs errors of fake tensors; here they are an answer."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _check_not_read(
@@ -135,10 +202,8 @@ def _check_not_read(
     kept: Sequence[tuple[str, torch.Tensor]],
 ) -> None:
     """Run once more, to see whether that run reads what the first one has kept of its arguments."""
-    tracker = _Tracker()
-    with differentiable_kernels(), tracker:
-        tensors = [torch.empty(s.shape, dtype=s.dtype, device=device) for s in inputs]
-        tracker.watch(tensors, [tensor for _, tensor in kept])
+    tensors = [torch.empty(s.shape, dtype=s.dtype, device=device) for s in inputs]
+    with Tracker(tensors, [tensor for _, tensor in kept]) as tracker:
         run_without_graph(call, tensors)
     read = sorted({where for where, tensor in kept if tracker.has_read(tensor)})
     if read:
@@ -149,17 +214,30 @@ def _check_not_read(
         )
 
 
-def _infer_real(name: str, call: FlatCall, inputs: Sequence[TensorSpec], tensors: list[torch.Tensor]) -> Inferred:
-    before = [t.clone() for t in tensors]
-    tracker, exposure = _Tracker(), _Exposure()
-    with torch.random.fork_rng([]), tracker, exposure:
-        tracker.watch(tensors)
+def _infer_real(
+    name: str, call: FlatCall, inputs: Sequence[TensorSpec], tensors: list[torch.Tensor], around: Surroundings
+) -> Inferred:
+    before, host = [t.clone() for t in tensors], host_generators()
+    with Tracker(tensors) as tracker, Exposure() as exposure:
         result, needs_grad = run_without_graph(call, tensors)
-        inferred = _conclude(name, result, tensors, tracker)._replace(needs_grad=needs_grad)
-    if exposure.happened:  # somebody outside of torch may write on another occasion
-        return inferred._replace(written=frozenset(range(len(tensors))))
+        inferred = _conclude(name, result, tensors, tracker)
     differing = {i for i, (new, old) in enumerate(zip(tensors, before, strict=True)) if not _same_bits(new, old)}
-    return inferred._replace(written=inferred.written | differing)
+    # On other values it may write to others of its arguments. Of its own tensors, which are many, only those are
+    # copied that this run wrote to; a write to another one is an error at run time.
+    written = inferred.written | differing | set(range(around.n_own, len(tensors)))
+    if exposure.happened:  # somebody outside of torch may write on another occasion
+        written = frozenset(range(len(tensors)))
+    inferred = inferred._replace(written=frozenset(written), needs_grad=needs_grad, certain=False)
+    storages = [StorageWeakRef(t.untyped_storage()) for t in tensors[around.n_own :]]
+    del result, tensors, before, tracker
+    around.put_back()
+    retains = not all(s.expired() for s in storages)
+    return _with_host_randomness(inferred._replace(retains=retains), host)
+
+
+def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    flat = (t.detach().reshape(-1).view(torch.uint8) for t in (left, right))
+    return torch.equal(*flat)
 
 
 def run_without_graph(call: FlatCall, tensors: list[torch.Tensor]) -> tuple[tuple[Any, list[torch.Tensor]], bool]:
@@ -175,7 +253,7 @@ def run_without_graph(call: FlatCall, tensors: list[torch.Tensor]) -> tuple[tupl
 
 
 def _conclude(
-    name: str, result: tuple[Any, list[torch.Tensor]], tensors: list[torch.Tensor], tracker: _Tracker
+    name: str, result: tuple[Any, list[torch.Tensor]], tensors: list[torch.Tensor], tracker: Tracker
 ) -> Inferred:
     out, after = result
     leaves, tree = flatten_output(out, is_output_leaf)
@@ -183,7 +261,8 @@ def _conclude(
     check_static_outputs(name, tree)
     leaves = [as_output_tensor(name, path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
     written = tracker.written()
-    changed = tuple(i for i, tensor in enumerate(after) if tensor is not tensors[i] or i in written)
+    renewed = tracker.changed()
+    changed = tuple(i for i, tensor in enumerate(after) if tensor is not tensors[i] or i in renewed)
     leaves += [after[i] for i in changed]
     paths += [f"state {i}" for i in changed]
     outputs = tuple(TensorSpec(tuple(t.shape), t.dtype, path) for t, path in zip(leaves, paths, strict=True))
@@ -244,120 +323,3 @@ def declared(name: str, shapes: Any, n_inputs: int) -> Inferred:
         specs.append(Spec(tuple(leaf.shape), canonical_dtype_t2j(dtype)))
     everything = frozenset(range(n_inputs))
     return Inferred(tuple(outputs), tuple(specs), tree, everything, (), True, None)
-
-
-class _Tracker(TorchDispatchMode):
-    """Sees every operator: which storages are written to, and whether random numbers are drawn."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.random = False
-        self._written: set[int] = set()
-        self._watched: list[int] = []
-        self._sources: frozenset[int] = frozenset()
-        self._derived: set[int] = set()
-        self._read: set[int] = set()
-        self._alive: list[Any] = []  # so that no storage gets the address of another one
-
-    def watch(self, tensors: Sequence[torch.Tensor], sources: Sequence[torch.Tensor] = ()) -> None:
-        """Look out for writes to `tensors`, and for everything that is computed from `sources`."""
-        self._watched = [_storage(t) for t in tensors]
-        self._derived = {_storage(t) for t in sources}
-        self._sources = frozenset(self._derived)
-
-    def is_derived(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor was computed from the sources."""
-        return _storage(tensor) in self._derived
-
-    def has_read(self, source: torch.Tensor) -> bool:
-        """Whether an operator had this source for an input."""
-        return _storage(source) in self._read
-
-    def written(self) -> frozenset[int]:
-        return frozenset(i for i, storage in enumerate(self._watched) if storage in self._written)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded in func.tags and not _draws_nothing(func, args, kwargs):
-            self.random = True
-        for value in _written_arguments(func._schema, args, kwargs):
-            for tensor in value if isinstance(value, (list, tuple)) else (value,):
-                if isinstance(tensor, torch.Tensor):
-                    self._written.add(_storage(tensor))
-        out = func(*args, **kwargs)
-        if self._derived and not _is_factory(func):
-            self._follow(args, kwargs, out)
-        return out
-
-    def _follow(self, args: Any, kwargs: Any, out: Any) -> None:
-        storages = {_storage(t) for t in torch_pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        self._read |= storages & self._sources
-        if storages & self._derived:
-            outputs = [t for t in torch_pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
-            self._derived.update(map(_storage, outputs))
-            self._alive += outputs
-
-
-def _is_factory(func: Any) -> bool:
-    """Whether an operator takes nothing but shape and dtype from its tensors: `zeros_like`, `new_ones`."""
-    name = func._schema.name.removeprefix("aten::")
-    return name.endswith("_like") or name.startswith("new_")
-
-
-def _arguments(schema: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
-    for index, argument in enumerate(schema.arguments):
-        yield (
-            argument,
-            args[index] if index < len(args) else kwargs.get(argument.name, argument.default_value),
-        )
-
-
-# Batch normalisations of the older kind update these without saying so in their schema.
-_RUNNING_STATISTICS = ("running_mean", "running_var")
-
-
-def _written_arguments(schema: Any, args: Any, kwargs: Any) -> Iterator[Any]:
-    unannounced = not schema.is_mutable and any(a.name in _RUNNING_STATISTICS for a in schema.arguments)
-    if not schema.is_mutable and not unannounced:
-        return
-    training = True
-    for argument, value in _arguments(schema, args, kwargs):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            yield value
-        if argument.name in ("training", "train", "use_input_stats"):
-            training = value is not False
-    if unannounced and training:
-        yield from (v for a, v in _arguments(schema, args, kwargs) if a.name in _RUNNING_STATISTICS)
-
-
-def _draws_nothing(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether an operator that may draw random numbers was told not to (attention without dropout)."""
-    return any(
-        (argument.name in ("dropout_p", "dropout") and value == 0.0)
-        or (argument.name in ("train", "training") and value is False)
-        for argument, value in _arguments(func._schema, args, kwargs)
-    )
-
-
-class _Exposure(TorchFunctionMode):
-    """Notices when memory is handed to code that torch cannot watch."""
-
-    _EXPOSING = frozenset({torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.data_ptr, torch.Tensor.__dlpack__})
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.happened = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self._EXPOSING:
-            self.happened = True
-        return func(*args, **(kwargs or {}))
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    flat = (t.detach().reshape(-1).view(torch.uint8) for t in (left, right))
-    return torch.equal(*flat)

@@ -29,6 +29,7 @@ __all__ = [
     "buffer_callback",
     "fake_tensor_mode",
     "flatten_torch_node",
+    "is_batched",
     "is_torch_node",
     "mlir",
     "set_grad_enabled",
@@ -83,6 +84,11 @@ def set_vmap_fallback(enabled: bool) -> bool:
     before: bool = torch._C._functorch._is_vmap_fallback_enabled()  # type: ignore[attr-defined]
     torch._C._functorch._set_vmap_fallback_enabled(enabled)  # type: ignore[attr-defined]
     return before
+
+
+def is_batched(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a batch inside of `torch.vmap`."""
+    return bool(torch._C._functorch.is_batchedtensor(tensor))
 
 
 def is_torch_node(value: Any) -> bool:

@@ -17,12 +17,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pytorch2jax._bridge import call_in_xla, original_error
 from pytorch2jax._internals import DRAWS_FROM_TORCH, Primitive, ShapedArray, ad, batching, mlir
 from pytorch2jax._program import Program
 from pytorch2jax._transfer import check_one_device
-from pytorch2jax._transforms import Jvp, Vmap, inexact_outputs, transposed
+from pytorch2jax._transforms import Jvp, Vjp, Vmap, inexact_outputs, transposed
 
 torch_call_p = Primitive("torch_call")
 torch_call_p.multiple_results = True
@@ -40,11 +41,17 @@ def _impl(*arrays: Any, program: Program) -> list[Any]:
     for index, array in enumerate(arrays):
         if isinstance(array, jax.Array):
             check_one_device(program.describe(), f"input {index}", array)
-    if program.compiled is None:
-        program.compiled = jax.jit(lambda *inputs: torch_call(program, *inputs))
+    if program.draws_from_torch:
+        return [
+            jnp.asarray(t.numpy().astype(s.dtype)) for t, s in zip(program.execute([]), program.out_specs, strict=True)
+        ]
+    compiled_calls = program.root.compiled_calls()
+    if program not in compiled_calls:
+        compiled_calls[program] = jax.jit(lambda *inputs: torch_call(program, *inputs))
     try:
         # Waiting costs nothing on CPU, where torch has done its work by then, and shows errors here.
-        return jax.block_until_ready(program.compiled(*arrays))
+        with jax.disable_jit(False):  # this is the implementation: there is nothing below it
+            return jax.block_until_ready(compiled_calls[program](*arrays))
     except (jax.errors.JaxRuntimeError, ValueError) as error:  # which of them depends on jax's dispatch path
         original = original_error(error)
         if original is None:
@@ -115,12 +122,14 @@ def _transpose(cotangents: Sequence[Any], *inputs: Any, program: Program) -> lis
             result[index] = ad.Zero(inputs[index].aval.to_tangent_aval())
         return result
     first_linear = len(inputs) - program.n_linear
-    # c f'(x), over the outputs that have a c.
-    pulled = torch_call(
-        transposed(program, wanted, given),
-        *inputs[:first_linear],
-        *(cotangents[i] for i in given),
-    )
+    given_cotangents = [cotangents[i] for i in given]
+    if wanted[0] < first_linear:
+        # The user says that f is linear in these: then its vjp is the same everywhere, also at zero.
+        zeros = [ad.zeros_like_aval(x.aval) if ad.is_undefined_primal(x) else x for x in inputs]
+        pulled = torch_call(program.derive(Vjp, wanted, given), *zeros, *given_cotangents)
+    else:
+        # c f'(x), over the outputs that have a c.
+        pulled = torch_call(transposed(program, wanted, given), *inputs[:first_linear], *given_cotangents)
     for index, cotangent in zip(wanted, pulled, strict=True):
         result[index] = cotangent
     return result

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 
 from pytorch2jax._composite import CompositeNorms
-from pytorch2jax._errors import LoopWarning, UnsupportedTransformError
+from pytorch2jax._errors import LoopWarning, Pytorch2JaxError, UnsupportedTransformError
 from pytorch2jax._inference import Spec
 from pytorch2jax._internals import set_grad_enabled
 from pytorch2jax._torch_state import TorchState, differentiable_kernels
@@ -90,7 +90,6 @@ class Program(abc.ABC):
         self._hash = hash((type(self), key))
         self._derived: dict[tuple[Any, ...], Program] = {}
         self._style = 0
-        self.compiled: Callable[..., Any] | None = None  # for calls outside of jit; set by `_primitive`
 
     def __hash__(self) -> int:
         return self._hash
@@ -134,9 +133,11 @@ class Program(abc.ABC):
             recording = torch.is_grad_enabled()
             set_grad_enabled(False)
             try:
-                return self._climb(tensors)
+                result = self._climb(tensors)
             finally:
                 set_grad_enabled(recording)
+        self.root.check_inputs([t._version for t in tensors])
+        return result
 
     def _climb(self, tensors: Sequence[torch.Tensor]) -> Tensors:
         styles = self._styles
@@ -144,7 +145,11 @@ class Program(abc.ABC):
         for index in range(self._style, len(styles)):
             try:
                 result = self._run_in(tensors, styles[index])
-            except Exception as error:
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, TypeError) as error:  # as which torch says that it does not support something
+                if isinstance(error, Pytorch2JaxError):
+                    raise
                 failures.append(error)
                 continue
             if failures:
@@ -216,6 +221,13 @@ class RootProgram(Program):
     def first_time(self, message: str) -> bool:
         """Whether a message of this kind is new to the user's function."""
         return False
+
+    def compiled_calls(self) -> dict[Any, Callable[..., Any]]:
+        """Where compiled calls outside of jit are kept, for this program and those derived from it."""
+        return {}
+
+    def check_inputs(self, versions: Sequence[int]) -> None:
+        """Look at the version counters of the inputs after a call: they count writes in place."""
 
     @abc.abstractmethod
     def session(self) -> contextlib.AbstractContextManager[None]:

@@ -7,7 +7,7 @@ backward get the same array, hence the same masks, and torch's own generators ar
 from __future__ import annotations
 
 import contextlib
-import threading
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -18,11 +18,9 @@ import torch
 
 from pytorch2jax._errors import RandomnessError
 from pytorch2jax._inference import Spec
+from pytorch2jax._internals import TorchDispatchMode, is_batched
 from pytorch2jax._program import Around, Program, RootProgram, Style, Tensors
-from pytorch2jax._torch_state import capture_torch_state
-
-# Torch's default generators are global: two threads that seed and draw at once would mix their numbers.
-_GENERATORS = threading.RLock()
+from pytorch2jax._torch_state import GENERATORS, capture_torch_state, forked_generators
 
 
 def seed_from_key(call: str, key: Any) -> jax.Array:
@@ -48,20 +46,52 @@ def torch_seed(words: Iterable[int]) -> int:
 
 
 @contextlib.contextmanager
-def seeded(seed: torch.Tensor) -> Iterator[None]:
-    """Seed torch's default generators from `seed` (`uint32[n]`) and put their states back afterwards."""
+def seeded(seed: torch.Tensor, *, host: bool = False) -> Iterator[None]:
+    """Seed the global generators from `seed` (`uint32[n]`) and put their states back afterwards.
+
+    Args:
+        seed: the words of a key.
+        host: seed those of NumPy and Python as well as torch's.
+    """
+    if is_batched(seed):
+        raise RuntimeError("each example has a key of its own, and torch has one generator")
     mixed = torch_seed(seed.tolist())
     devices = [torch.cuda.current_device()] if seed.is_cuda else []
-    with _GENERATORS, torch.random.fork_rng(devices):
+    with forked_generators(devices, host=host):
         torch.random.default_generator.manual_seed(mixed)
         if devices:
             torch.cuda.manual_seed(mixed)
-        yield
+        if host:
+            random.seed(mixed)
+            np.random.seed(mixed % 2**32)
+        with _InLogicalOrder():
+            yield
+
+
+class _InLogicalOrder(TorchDispatchMode):
+    """Draws random numbers in the order of the indices of a tensor, whatever its strides.
+
+    Torch fills a tensor in the order of its memory. The same function has other strides under `torch.func`
+    transforms, and would have other masks in its derivatives than in its forward.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        dense = [t.contiguous() if isinstance(t, torch.Tensor) else t for t in args]
+        out = func(*dense, **kwargs)
+        for argument, given, used in zip(func._schema.arguments, args, dense, strict=False):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written and used is not given:
+                given.copy_(used)
+                out = given if out is used else out
+        return out
 
 
 def _draw_seed() -> torch.Tensor:
     """A seed (`int64[2]`, each under 2**32) from torch's global generator, which moves on by it."""
-    with _GENERATORS:
+    with GENERATORS:
         return torch.randint(0, 2**32, (2,), dtype=torch.int64)
 
 
@@ -80,7 +110,6 @@ class SeedDraw(RootProgram):
         self.state = capture_torch_state()
         self.in_specs = ()
         self.out_specs = (Spec((2,), np.dtype("uint32")),)
-        self.compiled = lambda *_: [jnp.asarray(_draw_seed().numpy().astype(np.uint32))]
 
     @property
     def root(self) -> SeedDraw:

@@ -6,19 +6,20 @@ it is put back, so that nothing stays in it between calls.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import copy
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from pytorch2jax._attributes import Change, Snapshot
 from pytorch2jax._errors import ConversionError
-from pytorch2jax._internals import torch_pytree
+from pytorch2jax._inference import Surroundings
 from pytorch2jax._params import Leaf, Slots
 
 
@@ -30,8 +31,11 @@ class Skeleton:
         tensors = [source[leaf.slots[0]] for leaf in leaves]
         self._placeholders = [_placeholder(t) for t in tensors]
         self._module = _copy_without(model, tensors, self._placeholders)
-        slots = Slots(self._module)
-        self._tables = [[(slots.table(slot), slot.name) for slot in leaf.slots] for leaf in leaves]
+        slots, others = Slots(self._module), _other_places(self._module, self._placeholders)
+        self._tables: list[list[tuple[Any, Any]]] = [
+            [(slots.table(slot), slot.name) for slot in leaf.slots] + others[id(placeholder)]
+            for leaf, placeholder in zip(leaves, self._placeholders, strict=True)
+        ]
         # Buffers that a caller does not pass keep these values; parameters are always passed.
         self._held = [
             placeholder if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
@@ -39,8 +43,9 @@ class Skeleton:
         ]
         self._constants: dict[torch.device, list[torch.Tensor]] = {}
         self._flags = {None: _training_flags(self._module)}
-        self._leftovers: dict[tuple[int, str], _Attribute] = {}
-        self._before: list[_Attributes] = []
+        self._source = [(".".join(leaf.path), weakref.ref(t)) for leaf, t in zip(leaves, tensors, strict=True)]
+        self._leftovers: dict[tuple[int, Any], Change] = {}
+        self._snapshot: Snapshot | None = None
         self._lock = threading.RLock()
         self._depth = 0
         self._empty()
@@ -80,29 +85,43 @@ class Skeleton:
         for tables, placeholder in zip(self._tables, self._placeholders, strict=True):
             for table, name in tables:
                 table[name] = placeholder
-        for attribute in self._leftovers.values():
-            attribute.put_back()
+        for change in list(self._leftovers.values()):
+            change.put_back()
 
     @contextlib.contextmanager
     def learning(self) -> Iterator[None]:
         """Find out which plain attributes `forward` sets, to put them back after each call."""
-        self._before = [_Attributes(name, m) for name, m in self._module.named_modules()]
+        self._snapshot = Snapshot(self._module)
         try:
             yield
         finally:
-            for attribute in self._changes():
-                self._leftovers.setdefault((id(attribute.attributes), attribute.name), attribute)
-            self._before = []
+            self._learn()
+            self._snapshot = None
 
-    def _changes(self) -> list[_Attribute]:
-        return [attribute for attributes in self._before for attribute in attributes.changes()]
+    def _learn(self) -> None:
+        for change in self._snapshot.changes() if self._snapshot else ():
+            self._leftovers.setdefault((id(change.container), change.key), change)
 
-    def left_behind(self) -> list[tuple[str, torch.Tensor]]:
-        found = []
-        for attribute in self._changes():
-            leaves = torch_pytree.tree_leaves(attribute.attributes.get(attribute.name))
-            found += [(attribute.path, t) for t in leaves if isinstance(t, torch.Tensor)]
-        return found
+    def surroundings(self) -> Surroundings:
+        return Surroundings(
+            len(self._tables),
+            self._left_behind,
+            self._put_back,
+            self._originals,
+            "check the arguments, and that the model runs on them in torch",
+        )
+
+    def _left_behind(self) -> list[tuple[str, torch.Tensor]]:
+        changes = self._snapshot.changes() if self._snapshot else ()
+        return [(change.path, tensor) for change in changes for tensor in change.tensors()]
+
+    def _put_back(self) -> None:
+        self._learn()
+        self._empty()
+
+    def _originals(self) -> list[tuple[str, torch.Tensor]]:
+        """The tensors of the user's module, as far as they are still there."""
+        return [(path, tensor) for path, ref in self._source if (tensor := ref()) is not None]
 
     def constants(self, device: torch.device) -> list[torch.Tensor]:
         if device not in self._constants:
@@ -110,66 +129,18 @@ class Skeleton:
         return self._constants[device]
 
 
-_MISSING: Any = object()
-_CONTAINERS = (list, dict, set, collections.OrderedDict)
-
-
-class _Attribute(NamedTuple):
-    """A plain attribute of a module as it was: its value, and the contents of a container."""
-
-    path: str
-    attributes: dict[str, Any]
-    name: str
-    value: Any
-    contents: Any
-
-    def is_unchanged(self) -> bool:
-        value = self.attributes.get(self.name, _MISSING)
-        if value is not self.value:
-            return False
-        if self.contents is None:
-            return True
-        new, old = (list(c.items()) if isinstance(c, dict) else list(c) for c in (value, self.contents))
-        flat = [(a, b) for x, y in zip(new, old, strict=False) for a, b in zip(_parts(x), _parts(y), strict=False)]
-        return len(new) == len(old) and all(a is b for a, b in flat)
-
-    def put_back(self) -> None:
-        if self.value is _MISSING:
-            self.attributes.pop(self.name, None)
-            return
-        self.attributes[self.name] = self.value
-        if self.contents is not None:
-            self.value.clear()
-            (self.value.extend if isinstance(self.value, list) else self.value.update)(self.contents)
-
-
-def _parts(item: Any) -> tuple[Any, ...]:
-    return item if isinstance(item, tuple) else (item,)
-
-
-class _Attributes:
-    """The plain attributes of a module: not its parameters, buffers, submodules and train flag."""
-
-    _OTHER = ("_parameters", "_buffers", "_modules", "training")
-
-    def __init__(self, path: str, module: nn.Module) -> None:
-        self._path = path
-        self._dict = module.__dict__
-        self._before = {name: self._get(name) for name in self._names()}
-
-    def _names(self) -> set[str]:
-        return self._dict.keys() - self._OTHER
-
-    def _get(self, name: str) -> _Attribute:
-        value = self._dict.get(name, _MISSING)
-        path = f"{self._path}.{name}" if self._path else name
-        contents = copy.copy(value) if type(value) in _CONTAINERS else None
-        return _Attribute(path, self._dict, name, value, contents)
-
-    def changes(self) -> list[_Attribute]:
-        """The attributes that have changed since, as they were before."""
-        new = [self._get(name)._replace(value=_MISSING, contents=None) for name in self._names() - self._before.keys()]
-        return new + [old for old in self._before.values() if not old.is_unchanged()]
+def _other_places(module: nn.Module, tensors: Sequence[torch.Tensor]) -> dict[int, list[tuple[Any, Any]]]:
+    """The plain attributes, and the lists and dicts in them, that hold a parameter or buffer, by its id."""
+    places: dict[int, list[tuple[Any, Any]]] = {id(t): [] for t in tensors}
+    for submodule in module.modules():
+        attributes = submodule.__dict__
+        slots = (attributes.get("_parameters"), attributes.get("_buffers"))
+        for holder in [attributes, *(v for v in attributes.values() if not any(v is s for s in slots))]:
+            items = holder.items() if type(holder) is dict else enumerate(holder) if type(holder) is list else ()
+            for key, item in items:
+                if id(item) in places:
+                    places[id(item)].append((holder, key))
+    return places
 
 
 def _training_flags(module: nn.Module) -> list[tuple[nn.Module, bool]]:

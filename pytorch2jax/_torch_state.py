@@ -8,10 +8,12 @@ default dtype and the deterministic flag are global and may have changed by then
 from __future__ import annotations
 
 import contextlib
+import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from pytorch2jax._internals import set_vmap_fallback
@@ -70,6 +72,31 @@ def _autocast(device_type: str, enabled: bool, dtype: torch.dtype) -> Any:
     if device_type == "cuda" and not torch.cuda.is_available():
         return contextlib.nullcontext()  # torch warns when it is asked to
     return torch.autocast(device_type, enabled=enabled, dtype=dtype)
+
+
+# Torch's default generators are global: two threads that seed and draw at once would mix their numbers.
+GENERATORS = threading.RLock()
+
+
+@contextlib.contextmanager
+def forked_generators(devices: Sequence[int] = (), *, host: bool = False) -> Iterator[None]:
+    """Put torch's generators (and with `host` those of NumPy and Python) back after the body.
+
+    One thread at a time: what draws random numbers, or might, does not run in parallel.
+    """
+    with GENERATORS, torch.random.fork_rng(devices):
+        before = host_generators() if host else None
+        try:
+            yield
+        finally:
+            if before is not None:
+                random.setstate(before[0])
+                np.random.set_state(before[1])
+
+
+def host_generators() -> tuple[Any, Any]:
+    """The states of Python's and NumPy's global generators."""
+    return random.getstate(), np.random.get_state()
 
 
 class _SharedFlags:

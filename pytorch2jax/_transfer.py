@@ -117,12 +117,14 @@ def as_array(call: str, path: Callable[[], str], value: Any) -> Any:
         return value
     if isinstance(value, torch.Tensor):
         return t2j(value)
+    if isinstance(value, (int, float, complex)):  # what JAX hands on where a Python number was differentiated
+        return jnp.asarray(value)
     if isinstance(value, (np.ndarray, np.generic)):
         wide = value.dtype.kind in "iu" and value.dtype.itemsize == 8 and not x64_enabled()
-        array = jnp.asarray(value)
-        if wide and not np.array_equal(np.asarray(array), value):
+        narrow = value.astype(np.dtype(f"{value.dtype.kind}4")) if wide else value
+        if wide and not np.array_equal(narrow, value):
             raise NarrowingError(_narrowing_message(f"{call}: {path()}", value.dtype.name))
-        return array
+        return jnp.asarray(narrow)
     raise LeafTypeError(f"{call}: {path()}: expected an array, got {type(value).__name__}.")
 
 

@@ -14,6 +14,7 @@ import torch
 from pytorch2jax._dtypes import canonical_dtype_t2j
 from pytorch2jax._errors import LeafTypeError
 from pytorch2jax._function import TorchFunction, spec_of, take_apart
+from pytorch2jax._inference import Surroundings
 from pytorch2jax._primitive import torch_call
 from pytorch2jax._rng import SEED_DRAW, seed_from_key
 from pytorch2jax._trees import is_static
@@ -143,8 +144,8 @@ class _PlainCall:
     def learning(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    def left_behind(self) -> list[tuple[str, torch.Tensor]]:
-        return []
+    def surroundings(self) -> Surroundings:
+        return Surroundings()
 
     def constants(self, device: torch.device) -> list[torch.Tensor]:
         return []

@@ -111,6 +111,7 @@ ORDER = [
     "_trees",
     "_torch_state",
     "_composite",
+    "_tracking",
     "_inference",
     "_program",
     "_rng",
@@ -119,11 +120,13 @@ ORDER = [
     "_transforms",
     "_primitive",
     "_params",
+    "_attributes",
+    "_skeleton",
     "_module",
     "_wrap",
     "compat",
 ]
-ADAPTERS = {"flax": {"_errors", "_module", "_params"}}
+ADAPTERS = {name: {"_errors", "_module", "_params"} for name in ("flax", "equinox")}
 
 
 def imported(path):

@@ -1,0 +1,198 @@
+"""Watching a torch function run: what it writes to, draws, and keeps."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import gc
+import weakref
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from pytorch2jax._errors import RandomnessError
+from pytorch2jax._internals import TorchDispatchMode, torch_pytree
+
+
+class Tracker(TorchDispatchMode):
+    """Sees every operator that a function runs.
+
+    Args:
+        inputs: the function's tensors, to look out for writes to them.
+        sources: those from which derived tensors are followed.
+    """
+
+    def __init__(self, inputs: Sequence[torch.Tensor], sources: Sequence[torch.Tensor] = ()) -> None:
+        super().__init__()
+        self.random = False
+        self._inputs = [_storage(t) for t in inputs]
+        self._writers: dict[int, set[str]] = collections.defaultdict(set)
+        self._sources = frozenset(_storage(t) for t in sources)
+        self._derived = set(self._sources)
+        self._read: set[int] = set()
+        self._others: set[int] = set()
+        self._alive: list[Any] = list(inputs)  # so that no storage gets the address of another one
+        self._fakes = [weakref.ref(t) for t in inputs]
+
+    def is_derived(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor was computed from the sources."""
+        return _storage(tensor) in self._derived
+
+    def has_read(self, source: torch.Tensor) -> bool:
+        """Whether an operator had this source for an input."""
+        return _storage(source) in self._read
+
+    def has_used(self, tensor: torch.Tensor) -> bool:
+        """Whether an operator had this tensor, which was no input of the function, for an input."""
+        return _storage(tensor) in self._others
+
+    def written(self) -> frozenset[int]:
+        """The inputs that were written to."""
+        return frozenset(i for i, storage in enumerate(self._inputs) if storage in self._writers)
+
+    def changed(self) -> frozenset[int]:
+        """The same, without those that were only renormalised, which any call does again (`max_norm`)."""
+        return frozenset(
+            i for i, s in enumerate(self._inputs) if self._writers.get(s, set()) - {"aten::embedding_renorm_"}
+        )
+
+    def survivors(self) -> list[torch.Tensor]:
+        """The fake tensors that are still there, when nothing of the run should be."""
+        self._alive.clear()
+        alive = [ref() for ref in self._fakes]
+        if any(t is not None for t in alive):
+            del alive
+            gc.collect()
+            alive = [ref() for ref in self._fakes]
+        return [t for t in alive if t is not None]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags and not _draws_nothing(func, args, kwargs):
+            self.random = True
+            if kwargs.get("generator") is not None:
+                raise RandomnessError(
+                    f"{func._schema.name}: expected torch's default generator, which a JAX key can seed, got a "
+                    "torch.Generator of its own. Leave the argument `generator` out."
+                )
+        for value in _written_arguments(func._schema, args, kwargs):
+            for tensor in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(tensor, torch.Tensor):
+                    self._writers[_storage(tensor)].add(func._schema.name)
+        out = func(*args, **kwargs)
+        self._follow(func, _tensors((args, kwargs)), _tensors(out))
+        return out
+
+    def _follow(self, func: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
+        storages = {_storage(t) for t in inputs}
+        self._read |= storages & self._sources
+        self._others |= {_storage(t) for t in inputs if not _is_fake(t)}
+        if storages & self._derived and not _is_factory(func):
+            self._derived.update(map(_storage, outputs))
+            self._alive += outputs
+        self._fakes += [weakref.ref(t) for t in outputs if _is_fake(t)]
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [t for t in torch_pytree.tree_leaves(tree) if isinstance(t, torch.Tensor)]
+
+
+def _is_fake(tensor: torch.Tensor) -> bool:
+    return getattr(tensor, "fake_mode", None) is not None
+
+
+def forget(tensors: Sequence[torch.Tensor]) -> list[type]:
+    """Take tensors out of the caches that hold them: dicts, lists and `functools.lru_cache`.
+
+    Returns:
+        The types of holders from which they could not be taken.
+    """
+    refused: list[type] = []
+    for tensor in tensors:
+        _forget(tensor, {id(tensors)}, refused, depth=3)
+    return refused
+
+
+def _forget(value: Any, known: set[int], refused: list[type], depth: int) -> None:
+    holders = [h for h in gc.get_referrers(value) if id(h) not in known and not isinstance(h, FrameType)]
+    for holder in holders:
+        if isinstance(holder, functools._lru_cache_wrapper):
+            holder.cache_clear()
+        elif isinstance(holder, dict) and not _is_namespace(holder):
+            for key in [k for k, v in holder.items() if v is value]:
+                del holder[key]
+        elif isinstance(holder, (list, collections.deque)):
+            for index in [i for i, v in enumerate(holder) if v is value][::-1]:
+                del holder[index]
+        elif isinstance(holder, tuple) and depth:
+            _forget(holder, {*known, id(holders)}, refused, depth - 1)
+        elif type(holder).__name__ != "weakref":
+            refused.append(type(holder))
+
+
+def _is_namespace(table: dict[Any, Any]) -> bool:
+    """Whether a dict is the attributes of some object, where a missing name is an error."""
+    return any(getattr(owner, "__dict__", None) is table for owner in gc.get_referrers(table))
+
+
+def _is_factory(func: Any) -> bool:
+    """Whether an operator takes nothing but shape and dtype from its tensors: `zeros_like`, `new_ones`."""
+    name = func._schema.name.removeprefix("aten::")
+    return name.endswith("_like") or name.startswith("new_")
+
+
+def _arguments(schema: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
+    for index, argument in enumerate(schema.arguments):
+        yield (
+            argument,
+            args[index] if index < len(args) else kwargs.get(argument.name, argument.default_value),
+        )
+
+
+# Batch normalisations of the older kind update these without saying so in their schema.
+_RUNNING_STATISTICS = ("running_mean", "running_var")
+
+
+def _written_arguments(schema: Any, args: Any, kwargs: Any) -> Iterator[Any]:
+    unannounced = not schema.is_mutable and any(a.name in _RUNNING_STATISTICS for a in schema.arguments)
+    if not schema.is_mutable and not unannounced:
+        return
+    training = True
+    for argument, value in _arguments(schema, args, kwargs):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield value
+        if argument.name in ("training", "train", "use_input_stats"):
+            training = value is not False
+    if unannounced and training:
+        yield from (v for a, v in _arguments(schema, args, kwargs) if a.name in _RUNNING_STATISTICS)
+
+
+def _draws_nothing(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operator that may draw random numbers was told not to (attention without dropout)."""
+    return any(
+        (argument.name in ("dropout_p", "dropout") and value == 0.0)
+        or (argument.name in ("train", "training") and value is False)
+        for argument, value in _arguments(func._schema, args, kwargs)
+    )
+
+
+class Exposure(TorchFunctionMode):
+    """Notices when memory is handed to code that torch cannot watch."""
+
+    _EXPOSING = frozenset({torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.data_ptr, torch.Tensor.__dlpack__})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.happened = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._EXPOSING:
+            self.happened = True
+        return func(*args, **(kwargs or {}))
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata

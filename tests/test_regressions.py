@@ -1,0 +1,486 @@
+"""Bugs that were found, each with the program that showed it."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pytorch2jax import (
+    InferenceError,
+    RandomnessError,
+    StateError,
+    UnsupportedTransformError,
+    convert_pytnn_to_jax,
+    load_params,
+    torch2jax,
+)
+from pytorch2jax._function import BoundFunction
+
+KEY = jax.random.key(0)
+
+
+# -- what a function keeps -----------------------------------------------------------------------------------
+
+
+def test_a_cache_of_the_user_is_not_filled_with_fake_tensors():
+    cache = {}
+
+    def f(x):
+        if x.shape not in cache:
+            cache[x.shape] = (torch.arange(x.shape[0]).to(x.dtype),)
+        return x + cache[x.shape][0]
+
+    assert torch2jax(f)(jnp.ones(3)).tolist() == [1.0, 2.0, 3.0]
+    assert f(torch.ones(3)).tolist() == [1.0, 2.0, 3.0]
+
+
+def test_an_lru_cache_is_not_filled_with_fake_tensors():
+    @functools.lru_cache
+    def positions(n):
+        return torch.arange(n)
+
+    f = torch2jax(lambda x: x + positions(x.shape[0]))
+    assert f(jnp.ones(3)).tolist() == [1.0, 2.0, 3.0]
+    assert positions(3).tolist() == [0, 1, 2]
+
+
+def test_a_cache_that_cannot_be_emptied_is_an_error():
+    class Keeper:
+        mask = None
+
+    keeper = Keeper()
+
+    def f(x):
+        if keeper.mask is None:
+            keeper.mask = torch.arange(3.0)
+        return x * keeper.mask
+
+    with pytest.raises(InferenceError, match="keeps tensors from one call to the next"):
+        torch2jax(f)(jnp.ones(3))
+
+
+def test_objects_inside_of_a_module_are_put_back():
+    class Box:
+        mask = None
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.box, self.nested = Box(), [[None]]
+            self.box.mask = None
+
+        def forward(self, x):
+            if self.box.mask is None:
+                self.box.mask = torch.arange(3.0)
+            if self.nested[0][0] is None:
+                self.nested[0][0] = torch.arange(3.0)
+            return x * self.box.mask + self.nested[0][0]
+
+    apply, params = convert_pytnn_to_jax(Model())
+    for _ in range(2):
+        assert apply(params, jnp.ones(3, jnp.float32)).tolist() == [0.0, 2.0, 4.0]
+
+
+def test_arguments_that_a_function_keeps_are_copies():
+    kept = []
+    f = torch2jax(lambda x: (kept.append(x), x * 2)[1])
+    x = jnp.arange(5.0)
+    f(x)
+    address = x.unsafe_buffer_pointer()
+    assert all(t.data_ptr() != address for t in kept)
+    assert kept[-1].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_module_that_streams_is_refused():
+    class Streaming(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = nn.LSTMCell(3, 4)
+            self.hidden = None
+
+        def forward(self, x):
+            self.hidden = self.cell(x, self.hidden)
+            return self.hidden[0]
+
+    apply, params = convert_pytnn_to_jax(Streaming())
+    with pytest.raises(StateError, match=r"hidden: the forward pass keeps here what it computes from its arguments"):
+        apply(params, jnp.ones((2, 3), jnp.float32))
+
+
+# -- writes and state on some calls only -----------------------------------------------------------------------
+
+
+def test_a_write_that_depends_on_values():
+    def f(x):
+        if x.sum() > 100:
+            x.add_(1)
+        return x * 2
+
+    g = jax.jit(torch2jax(f))
+    g(jnp.zeros(3))
+    c = jnp.full(3, 100.0)
+    assert g(c).tolist() == [202.0] * 3
+    assert c.tolist() == [100.0] * 3
+
+
+def test_a_write_that_depends_on_earlier_calls_is_an_error():
+    calls = []
+
+    def f(x):
+        calls.append(1)
+        if len(calls) > 3:
+            x[0] = 99.0
+        return x * 2
+
+    g = torch2jax(f)
+    x = jnp.ones(3)
+    g(x)
+    g(x)
+    with pytest.raises(StateError, match="wrote to an input in place"):
+        g(x)
+    x = jnp.ones(3)
+    assert g(x).tolist() == [198.0, 2.0, 2.0]
+    assert x.tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("write", [lambda m, x: setattr(m, "ema", x.mean()), lambda m, x: m.ema.copy_(x.mean())])
+def test_state_that_changes_on_some_calls_only_is_an_error(write):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("n", torch.zeros((), dtype=torch.int64))
+            self.register_buffer("ema", torch.zeros((), dtype=torch.float64))
+
+        def forward(self, x):
+            self.n += 1
+            if self.n % 2 == 0:
+                write(self, x)
+            return x
+
+    apply, params, state = convert_pytnn_to_jax(Model(), with_state=True)
+    _, state = apply(params, state, jnp.ones(3))
+    with pytest.raises(StateError):
+        apply(params, state, jnp.ones(3))
+
+
+def test_parameters_that_forward_changes_are_an_error():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            with torch.no_grad():
+                self.w.mul_(0.5)
+            return x * self.w
+
+    apply, params = convert_pytnn_to_jax(Model())
+    with pytest.raises(StateError, match=r"params\.w: a parameter that the forward pass changes"):
+        apply(params, jnp.ones(3))
+
+
+def test_an_embedding_that_is_renormalised():
+    model = nn.Embedding(5, 3, max_norm=0.5)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    apply, params = convert_pytnn_to_jax(model)
+    out = apply(params, jnp.array([1, 2]))
+    np.testing.assert_allclose(np.linalg.norm(out, axis=1), 0.5, rtol=1e-5)
+    np.testing.assert_array_equal(params["weight"], 1.0)
+
+
+# -- random numbers --------------------------------------------------------------------------------------------
+
+
+def test_masks_do_not_depend_on_strides():
+    f = torch2jax(lambda x: F.dropout(x.T, 0.5))
+    x = jnp.arange(1.0, 13.0).reshape(3, 4)
+
+    def h(x):
+        return f(x, rng=KEY)
+
+    np.testing.assert_array_equal(jax.jvp(h, (x,), (x,))[1], h(x))
+    np.testing.assert_array_equal(jax.jit(jax.vmap(h))(x[None])[0], h(x))
+    np.testing.assert_array_equal(jax.vmap(h, in_axes=-1, out_axes=-1)(x[..., None])[..., 0], h(x))
+    np.testing.assert_array_equal(jnp.einsum("abcd,cd->ab", jax.jacrev(h)(x), x), h(x))
+    np.testing.assert_array_equal(jnp.einsum("abcd,cd->ab", jax.jacfwd(h)(x), x), h(x))
+
+
+def test_a_transformer_layer_in_train_mode_in_every_mode():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.3, activation="gelu", batch_first=True).double()
+    apply, params = convert_pytnn_to_jax(layer)
+    x = jax.random.normal(KEY, (2, 3, 8))
+    v = jnp.cos(x)
+
+    def f(x):
+        return (apply(params, x, rng=KEY, train=True) ** 2).sum()
+
+    expected = (f(x + 1e-6 * v) - f(x - 1e-6 * v)) / 2e-6
+    np.testing.assert_allclose(jax.jvp(f, (x,), (v,))[1], expected, rtol=1e-6)
+    np.testing.assert_allclose(jnp.vdot(jax.grad(f)(x), v), expected, rtol=1e-6)
+    np.testing.assert_allclose(jax.vmap(f)(x[None]), f(x)[None], rtol=1e-10)
+    second = (jax.grad(f)(x + 1e-6 * v) - jax.grad(f)(x - 1e-6 * v)) / 2e-6
+    np.testing.assert_allclose(jax.jvp(jax.grad(f), (x,), (v,))[1], second, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("draw", [lambda: float(np.random.rand()), lambda: __import__("random").random()])
+def test_numpy_and_python_draw_from_the_key_too(draw):
+    g = torch2jax(lambda x: x * draw())
+    before = np.random.get_state()[1].copy()
+    assert g(jnp.ones(()), rng=KEY) == g(jnp.ones(()), rng=KEY)
+    value, gradient = jax.value_and_grad(g)(jnp.ones(()))
+    assert value == gradient
+    np.testing.assert_array_equal(np.random.get_state()[1], before)
+
+
+def test_a_generator_of_its_own_is_refused():
+    generator = torch.Generator()
+    f = torch2jax(lambda x: x * torch.rand(3, generator=generator))
+    with pytest.raises(RandomnessError, match=r"torch.Generator of its own"):
+        f(jnp.ones(3), rng=KEY)
+
+
+def test_drawing_on_some_values_only_is_an_error():
+    f = torch2jax(lambda x: x * torch.rand_like(x) if x.sum() > 0 else x * 2)
+    f(-jnp.ones(2))
+    with pytest.raises(RandomnessError, match="draws random numbers on these values"):
+        f(jnp.ones(2))
+
+
+def test_tracing_in_another_thread_does_not_disturb_the_numbers():
+    f = jax.jit(torch2jax(lambda x, rng_key: x * torch.rand(50)), static_argnums=())
+    del f
+    draw = torch2jax(lambda x: x * torch.rand(50))
+    jitted = jax.jit(lambda x, k: draw(x, rng=k))
+    x = jnp.ones(50)
+    expected = jitted(x, KEY)
+    stop = threading.Event()
+
+    def trace():
+        n = 1
+        while not stop.is_set():
+            torch2jax(lambda x: x * (torch.rand(1).item() > 2))(jnp.ones(n))
+            n += 1
+
+    thread = threading.Thread(target=trace)
+    thread.start()
+    try:
+        for _ in range(100):
+            np.testing.assert_array_equal(jitted(x, KEY), expected)
+    finally:
+        stop.set()
+        thread.join(timeout=60)
+    assert not thread.is_alive()
+
+
+# -- derivatives -----------------------------------------------------------------------------------------------
+
+
+def test_inference_mode_around_a_gradient():
+    gradient = jax.jit(jax.grad(lambda x: torch2jax(torch.sin)(x).sum()))
+    expected = gradient(jnp.ones(1))
+    with torch.inference_mode():
+        np.testing.assert_array_equal(gradient(jnp.ones(1)), expected)
+        np.testing.assert_array_equal(jax.grad(lambda x: torch2jax(torch.sin)(x).sum())(jnp.ones(1)), expected)
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.exp()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0].exp()
+
+
+class NumpyBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.exp()
+
+    @staticmethod
+    def backward(ctx, g):
+        return torch.from_numpy(g.detach().numpy() * np.exp(ctx.saved_tensors[0].detach().numpy()))
+
+
+@pytest.mark.parametrize("function", [OnceDifferentiable, NumpyBackward])
+def test_a_backward_that_cannot_be_differentiated_is_an_error_and_no_zero(function):
+    f = torch2jax(lambda x: function.apply(x) + x.sin())
+    x = jnp.zeros(2)
+    np.testing.assert_allclose(jax.grad(lambda x: f(x).sum())(x), 2.0)
+    for derivative in (
+        lambda: jax.jvp(f, (x,), (x + 1,)),
+        lambda: jax.jacfwd(f)(x),
+        lambda: jax.hessian(lambda x: f(x).sum())(x),
+        lambda: jax.grad(lambda x: jax.grad(lambda x: f(x).sum())(x).sum())(x),
+    ):
+        with pytest.raises((UnsupportedTransformError, RuntimeError), match=r"differentia"):
+            derivative()
+
+
+def test_operators_of_aten_themselves_have_right_second_derivatives():
+    def fused(x):
+        return torch.ops.aten.layer_norm(x, [4]).tanh() + torch.native_layer_norm(x, [4], None, None, 1e-5)[0]
+
+    def plain(x):
+        mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+        normed = (x - mean) / jnp.sqrt(variance + 1e-5)
+        return jnp.tanh(normed) + normed
+
+    x = jax.random.normal(KEY, (2, 4))
+    v = jnp.cos(x)
+    f = torch2jax(fused)
+
+    def second(f):
+        def first(x):
+            return jax.jvp(lambda x: (f(x) ** 2).sum() + f(x)[0, 0], (x,), (v,))[1]
+
+        return jax.jvp(first, (x,), (v,))[1], jax.grad(first)(x)
+
+    for ours, theirs in zip(second(f), second(plain), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-8)
+
+
+def test_a_closure_over_the_original_module_is_an_error_and_no_zero():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(3))
+            self.f = lambda x: x * self.w
+
+        def forward(self, x):
+            return self.f(x)
+
+    model = Model()
+    apply, params = convert_pytnn_to_jax(model)
+    with pytest.raises(StateError, match=r"w: used by the forward pass from somewhere else"):
+        apply(params, jnp.ones(3))
+
+
+def test_parameters_in_plain_lists():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+            self.both = [self.a, self.b]
+
+        def forward(self, x):
+            return x * self.both[0] + self.both[1]
+
+    apply, params = convert_pytnn_to_jax(Model())
+    x = jnp.full(3, 2.0, jnp.float32)
+    gradient = jax.grad(lambda p: apply(p, x).sum())(params)
+    assert gradient["a"].tolist() == [2.0] * 3
+    assert gradient["b"].tolist() == [1.0] * 3
+
+
+# -- transformations -------------------------------------------------------------------------------------------
+
+
+def test_disable_jit():
+    with jax.disable_jit():
+        np.testing.assert_allclose(torch2jax(torch.sin)(jnp.ones(2)), np.sin(1.0))
+        np.testing.assert_allclose(jax.grad(lambda x: torch2jax(torch.sin)(x).sum())(jnp.ones(2)), np.cos(1.0))
+
+
+def test_a_function_that_calls_itself_while_it_is_traced():
+    def f(x):
+        if x.shape[0] > 2:
+            return x.sum()
+        return x * float(g(jnp.ones(3)))
+
+    g = torch2jax(f, output_shapes=None)
+    done = []
+    thread = threading.Thread(target=lambda: done.append(jax.eval_shape(g, jnp.ones(2))), daemon=True)
+    thread.start()
+    thread.join(timeout=60)
+    assert done
+
+
+def test_linear_transpose_of_a_linear_function():
+    f = torch2jax(lambda x, y: 3 * x * y)
+    y = jnp.array([1.0, 2.0])
+    (out,) = jax.linear_transpose(lambda x: f(x, y), jnp.ones(2))(jnp.array([1.0, 10.0]))
+    assert out.tolist() == [3.0, 60.0]
+
+
+def test_python_integers_that_jax_wraps():
+    f = torch2jax(lambda x, i: x * i)
+    value, pull = jax.vjp(f, jnp.ones(2), 3)
+    assert value.tolist() == [3.0, 3.0]
+    assert pull(jnp.ones(2))[1].dtype == jax.dtypes.float0
+
+
+def test_numpy_integers_inside_of_a_trace(x32):
+    apply, params = convert_pytnn_to_jax(nn.Embedding(10, 3))
+    ids = np.array([[1, 2]])
+    np.testing.assert_array_equal(jax.jit(lambda p: apply(p, ids))(params), apply(params, ids))
+
+
+def test_errors_of_the_user_are_raised_at_once():
+    runs = []
+
+    def f(x):
+        runs.append(1)
+        if len(runs) > 1:
+            raise ValueError("no")
+        return x
+
+    with pytest.raises(RuntimeError, match="no"):
+        jax.vmap(torch2jax(f))(jnp.ones((2, 2)))
+    assert len(runs) == 2
+
+
+# -- memory ----------------------------------------------------------------------------------------------------
+
+
+def count():
+    gc.collect()
+    return sum(type(o) is BoundFunction for o in gc.get_objects())
+
+
+def test_models_that_were_called_are_freed():
+    x = jnp.ones((1, 4), jnp.float32)
+
+    def use():
+        apply, params = convert_pytnn_to_jax(nn.Linear(4, 4))
+        apply(params, x)
+        jax.grad(lambda p: apply(p, x).sum())(params)
+        jax.vmap(lambda x: apply(params, x))(x)
+
+    use()
+    before = count()
+    for _ in range(5):
+        use()
+    assert count() <= before + 1
+
+
+def test_programs_for_static_values_are_bounded():
+    from pytorch2jax import _function
+
+    f = torch2jax(lambda x, n: x * n, output_shapes=jax.ShapeDtypeStruct((), jnp.float64))
+    before = count()
+    for n in range(_function._KEPT_PROGRAMS + 50):
+        jax.eval_shape(lambda x, n=n: f(x, n), jnp.ones(()))
+    assert count() <= before + _function._KEPT_PROGRAMS + 5
+
+
+def test_load_params_into_a_model_that_shares_its_memory():
+    model = nn.Linear(3, 3)
+    _, params = convert_pytnn_to_jax(model, copy=False)
+    load_params(model, jax.tree.map(lambda p: p * 2, params))
+    assert torch.isfinite(model.weight).all()
