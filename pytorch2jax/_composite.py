@@ -133,6 +133,37 @@ def _instance_norm(
     return _affine(scaled, weight, bias, (1, -1, *(1,) * (input.dim() - 2))).to(input.dtype)
 
 
+def _native_layer_norm(
+    input: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, ...]:
+    dims = tuple(range(-len(normalized_shape), 0))
+    scaled, mean, variance = _normalised(_wide(input), dims, eps)
+    out = _affine(scaled, weight, bias, tuple(normalized_shape)).to(input.dtype)
+    return out, mean, (variance + eps).rsqrt()
+
+
+def _native_batch_norm(
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[torch.Tensor, ...]:
+    x = _wide(input)
+    out = _batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, True)
+    if not training:
+        return out, x.new_empty(0), x.new_empty(0)
+    _, mean, variance = _normalised(x, (0, *range(2, input.dim())), eps)
+    return out, mean.reshape(-1), (variance + eps).rsqrt().reshape(-1)
+
+
 _PLAIN: dict[Callable[..., Any], Callable[..., Any]] = {
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
@@ -140,4 +171,16 @@ _PLAIN: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.batch_norm: _batch_norm,
     F.instance_norm: _functional_instance_norm,
     torch.instance_norm: _instance_norm,
+    torch.native_layer_norm: _native_layer_norm,
+    torch.native_batch_norm: _native_batch_norm,
+    torch.ops.aten.layer_norm.default: _layer_norm,
+    torch.ops.aten.batch_norm.default: _batch_norm,
+    torch.ops.aten.instance_norm.default: _instance_norm,
+    torch.ops.aten.native_layer_norm.default: _native_layer_norm,
+    torch.ops.aten.native_batch_norm.default: _native_batch_norm,
+    torch.ops.aten.layer_norm: _layer_norm,
+    torch.ops.aten.batch_norm: _batch_norm,
+    torch.ops.aten.instance_norm: _instance_norm,
+    torch.ops.aten.native_layer_norm: _native_layer_norm,
+    torch.ops.aten.native_batch_norm: _native_batch_norm,
 }

@@ -13,7 +13,7 @@ import jax
 import jax.extend.core
 import torch
 import torch.utils._pytree as torch_pytree
-from jax._src import effects
+from jax._src import effects, util
 from jax.experimental.buffer_callback import ExecutionContext, buffer_callback
 from jax.interpreters import ad, batching, mlir
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,6 +29,7 @@ __all__ = [
     "buffer_callback",
     "fake_tensor_mode",
     "flatten_torch_node",
+    "hold_weakly",
     "is_batched",
     "is_torch_node",
     "mlir",
@@ -65,6 +66,17 @@ effects.control_flow_allowed_effects.add_type(DrawsFromTorch)
 
 # `torch.no_grad()` takes a microsecond, which is a tenth of a small call.
 set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
+
+
+def hold_weakly(cls: type) -> None:
+    """Let JAX's cache of abstract evaluations refer weakly to instances of a class among its keys.
+
+    Otherwise it keeps the last 2048 of them, with the torch modules that they run. Where JAX has no such set,
+    it does.
+    """
+    types: set[type] | None = getattr(util, "weakref_cache_key_types", None)
+    if types is not None:
+        types.add(cls)
 
 
 def fake_tensor_mode() -> Any:

@@ -20,7 +20,7 @@ import torch
 from pytorch2jax._composite import CompositeNorms
 from pytorch2jax._errors import LoopWarning, Pytorch2JaxError, UnsupportedTransformError
 from pytorch2jax._inference import Spec
-from pytorch2jax._internals import set_grad_enabled
+from pytorch2jax._internals import hold_weakly, set_grad_enabled
 from pytorch2jax._torch_state import TorchState, differentiable_kernels
 
 Tensors = tuple[torch.Tensor, ...]
@@ -90,6 +90,9 @@ class Program(abc.ABC):
         self._hash = hash((type(self), key))
         self._derived: dict[tuple[Any, ...], Program] = {}
         self._style = 0
+
+    def __init_subclass__(cls) -> None:
+        hold_weakly(cls)
 
     def __hash__(self) -> int:
         return self._hash

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from pytorch2jax._dtypes import dtype_j2t, is_inexact
+from pytorch2jax._errors import UnsupportedTransformError
 from pytorch2jax._inference import Spec
 from pytorch2jax._program import Around, Batching, Program, RootProgram, Style, Tensors
 from pytorch2jax._torch_state import vmap_fallback
@@ -43,6 +44,33 @@ class _Derived(Program):
 
     def describe(self) -> str:
         return f"{type(self).__name__.lower()}({self.base.describe()})"
+
+    _checked = False
+
+    def _check_recorded(self, pulled: Tensors, cotangents: Tensors) -> None:
+        """Complain, once, where torch's backward has not recorded itself, so that derivatives of it come out as zero.
+
+        `pulled` is linear in `cotangents`: with `p` its value and `J` its derivative, `<p, p>` equals `<c, J' p>`.
+        A backward that leaves torch (NumPy), or is marked as differentiable once, lacks a part of `J`.
+        """
+        live = [p for p in pulled if p.requires_grad]
+        size = sum(float((p.detach().abs() ** 2).sum()) for p in pulled)
+        if self._checked or not 0 < size < float("inf"):
+            return
+        weights = [p.detach() for p in live]
+        found: Sequence[Any] = [None] * len(cotangents)
+        if live:
+            found = torch.autograd.grad(live, cotangents, weights, retain_graph=True, allow_unused=True)
+        again = sum(
+            float((c.detach().conj() * g).sum().real) for c, g in zip(cotangents, found, strict=True) if g is not None
+        )
+        if abs(again - size) > 0.05 * size:
+            raise UnsupportedTransformError(
+                f"{self.describe()}: the backward of a torch.autograd.Function in it cannot be differentiated (it is "
+                "marked once_differentiable, or computes outside of torch), and derivatives of it would come out as "
+                "zero. Write it with torch operations only, or ask for first-order reverse mode (jax.grad)."
+            )
+        self._checked = True
 
 
 def inexact_outputs(program: Program) -> tuple[int, ...]:
@@ -95,6 +123,7 @@ class Jvp(_Derived):
             inputs, outputs = _record(self.base, primals, self.active, self.outputs, style)
             duals = tuple(torch.ones_like(o, requires_grad=True) for o in outputs)
             pulled = _gradients(outputs, inputs, duals, create_graph=True)
+            self._check_recorded(pulled, duals)
             return _gradients(pulled, duals, tangents, create_graph=keep)
 
 
@@ -124,7 +153,12 @@ class Vjp(_Derived):
         keep = torch.is_grad_enabled()  # an outer derivative records: then this one has to be recorded too
         with torch.enable_grad():
             inputs, outputs = _record(self.base, primals, self.active, self.outputs, style)
-            return _conjugated(_gradients(outputs, inputs, cotangents, create_graph=keep))
+            if keep:
+                cotangents = tuple(c if c.requires_grad else c.detach().requires_grad_() for c in cotangents)
+            pulled = _gradients(outputs, inputs, cotangents, create_graph=keep)
+            if keep:
+                self._check_recorded(pulled, cotangents)
+            return _conjugated(pulled)
 
 
 class Vmap(_Derived):

@@ -223,7 +223,7 @@ def test_a_transformer_layer_in_train_mode_in_every_mode():
     v = jnp.cos(x)
 
     def f(x):
-        return (apply(params, x, rng=KEY, train=True) ** 2).sum()
+        return (jnp.sin(x) * apply(params, x, rng=KEY, train=True) ** 3).sum()
 
     expected = (f(x + 1e-6 * v) - f(x - 1e-6 * v)) / 2e-6
     np.testing.assert_allclose(jax.jvp(f, (x,), (v,))[1], expected, rtol=1e-6)
@@ -258,8 +258,6 @@ def test_drawing_on_some_values_only_is_an_error():
 
 
 def test_tracing_in_another_thread_does_not_disturb_the_numbers():
-    f = jax.jit(torch2jax(lambda x, rng_key: x * torch.rand(50)), static_argnums=())
-    del f
     draw = torch2jax(lambda x: x * torch.rand(50))
     jitted = jax.jit(lambda x, k: draw(x, rng=k))
     x = jnp.ones(50)
@@ -403,9 +401,16 @@ def test_a_function_that_calls_itself_while_it_is_traced():
             return x.sum()
         return x * float(g(jnp.ones(3)))
 
-    g = torch2jax(f, output_shapes=None)
+    g = torch2jax(f)
     done = []
-    thread = threading.Thread(target=lambda: done.append(jax.eval_shape(g, jnp.ones(2))), daemon=True)
+
+    def call():
+        try:
+            done.append(g(jnp.ones(2)))
+        except RuntimeError as error:  # it may be refused, but it may not hang
+            done.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
     thread.start()
     thread.join(timeout=60)
     assert done
@@ -472,7 +477,7 @@ def test_models_that_were_called_are_freed():
 def test_programs_for_static_values_are_bounded():
     from pytorch2jax import _function
 
-    f = torch2jax(lambda x, n: x * n, output_shapes=jax.ShapeDtypeStruct((), jnp.float64))
+    f = torch2jax(lambda x, n: x * n)
     before = count()
     for n in range(_function._KEPT_PROGRAMS + 50):
         jax.eval_shape(lambda x, n=n: f(x, n), jnp.ones(()))
