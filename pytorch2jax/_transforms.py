@@ -55,7 +55,8 @@ class _Derived(Program):
         """
         live = [p for p in pulled if p.requires_grad]
         size = sum(float((p.detach().abs() ** 2).sum()) for p in pulled)
-        if self._checked or not 0 < size < float("inf"):
+        noise = sum(float((c.detach().abs() ** 2).sum()) * torch.finfo(c.dtype).eps for c in cotangents)
+        if self._checked or not noise < size < float("inf"):
             return
         weights = [p.detach() for p in live]
         found: Sequence[Any] = [None] * len(cotangents)
@@ -106,14 +107,15 @@ class Jvp(_Derived):
         return self._double_backward(primals, tangents, style)
 
     def _double_functional(self, primals: Tensors, tangents: Tensors, style: Style) -> Tensors:
-        """`f'(x) t` is the vjp of `u -> u f'(x)`, which is linear in `u`, with cotangent `t`, at any `u`.
+        """`f'(x) t` is the vjp of `u -> u f'(x)`, which is linear in `u`, with cotangent `t`.
 
-        Not at zero, where the derivative of a determinant is 0 / 0 to torch."""
+        Any `u` does but zero, where the derivative of a determinant is 0 / 0 to torch.
+        """
         call = _restricted(self.base, primals, self.active, self.outputs, style, _INSIDE)
         inputs = tuple(primals[i] for i in self.active)
         with torch.enable_grad():
             outputs, pull = torch.func.vjp(call, *inputs)[:2]
-            push = torch.func.vjp(pull, tuple(torch.ones_like(o) for o in outputs))[1]
+            push = torch.func.vjp(pull, tuple(_any_direction(o) for o in outputs))[1]
             return tuple(push(tuple(tangents))[0])
 
     def _double_backward(self, primals: Tensors, tangents: Tensors, style: Style) -> Tensors:
@@ -121,7 +123,7 @@ class Jvp(_Derived):
         keep = torch.is_grad_enabled()
         with torch.enable_grad():
             inputs, outputs = _record(self.base, primals, self.active, self.outputs, style)
-            duals = tuple(torch.ones_like(o, requires_grad=True) for o in outputs)
+            duals = tuple(_any_direction(o).requires_grad_() for o in outputs)
             pulled = _gradients(outputs, inputs, duals, create_graph=True)
             self._check_recorded(pulled, duals)
             return _gradients(pulled, duals, tangents, create_graph=keep)
@@ -299,6 +301,12 @@ def _record(
         p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in (primals[i] for i in active)
     )
     return inputs, _restricted(program, primals, active, outputs, style, _RECORDED)(*inputs)
+
+
+def _any_direction(like: torch.Tensor) -> torch.Tensor:
+    """A fixed tensor in no special direction: one that a derivative is unlikely to send to zero."""
+    numbers = torch.arange(1, like.numel() + 1, dtype=torch.float64, device=like.device)
+    return torch.cos(numbers).reshape(like.shape).to(like.dtype)
 
 
 def _gradients(outputs: Tensors, inputs: Tensors, cotangents: Sequence[torch.Tensor], *, create_graph: bool) -> Tensors:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import CONVERTERS, MODELS, assert_close, copied, loss, output_leaves, to_jax
 
-from pytorch2jax._rng import torch_seed
+from pytorch2jax._rng import seeded
 
 pytestmark = [
     pytest.mark.usefixtures("x32"),
@@ -77,8 +77,9 @@ def check(row, converter, train):
     out, state, in_params, in_inputs = jax_gradients(converted, row, KEY if train else None, train)
     oracle = getattr(oracle, "_orig_mod", oracle)
     oracle = oracle.module if isinstance(oracle, torch.nn.DataParallel) else oracle
-    torch.manual_seed(torch_seed(np.asarray(jax.random.key_data(converted.key_for_torch(KEY))).tolist()))
-    expected, torch_params, torch_inputs = torch_gradients(oracle, *copied((row.args, row.kwargs)))
+    words = np.asarray(jax.random.key_data(converted.key_for_torch(KEY))).astype(np.int64)
+    with seeded(torch.from_numpy(words)):
+        expected, torch_params, torch_inputs = torch_gradients(oracle, *copied((row.args, row.kwargs)))
     ours, theirs = output_leaves(out), output_leaves(expected)
     assert len(ours) == len(theirs)
     for index, (a, e) in enumerate(zip(ours, theirs, strict=True)):
