@@ -294,10 +294,11 @@ def check_static_outputs(name: str, tree: OutputTree) -> None:
     """Raise for parts of an output that are neither tensors nor plain constants."""
     for path, value in static_outputs(tree):
         if value is not None and not isinstance(value, CONSTANTS):
+            cache = "Call it with `use_cache=False`, return" if "Cache" in type(value).__name__ else "Return"
             raise LeafTypeError(
-                f"{name}: {path}: expected tensors, numbers, strings or None in what the function returns, "
-                f"in containers that torch's pytrees know, got {type(value).__name__}. Return its tensors in "
-                "a tuple or dict, or register its type with `torch.utils._pytree.register_pytree_node`."
+                f"{name}: {path}: expected tensors, numbers, strings or None in what the function returns, in "
+                f"containers that torch's pytrees know, got {type(value).__name__}. {cache} its tensors in a tuple or "
+                "dict, or register its type with `torch.utils._pytree.register_pytree_node`."
             )
 
 

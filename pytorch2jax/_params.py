@@ -6,6 +6,7 @@ under several names (tied weights, a submodule reachable by two paths) is one le
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from pytorch2jax._errors import LeafTypeError, MissingLeafError, StructureError
+from pytorch2jax._dtypes import dtype_j2t, narrowed
+from pytorch2jax._errors import DtypeError, LeafTypeError, MissingLeafError, StructureError
 from pytorch2jax._function import OwnTensor
 from pytorch2jax._transfer import as_array, j2t, t2j
 from pytorch2jax._trees import PATH_SEPARATOR
@@ -261,6 +263,7 @@ def params_to_state_dict(model: nn.Module, params: Any, state: Any = None) -> di
     Raises:
         MissingLeafError: a parameter or buffer of the model is not in the tree.
         StructureError: the tree has a leaf that the model lacks, or one of another shape.
+        DtypeError: a leaf has another dtype than the model's tensor.
 
     Example:
         >>> from torch import nn
@@ -295,8 +298,8 @@ def load_params(model: nn.Module, params: Any, state: Any = None) -> nn.Module:
 
     Raises:
         MissingLeafError: a parameter or buffer of the model is not in the tree.
-        StructureError: the tree has a leaf that the model lacks, or one of another shape. Nothing is
-            written then.
+        StructureError: the tree has a leaf that the model lacks, or one of another shape.
+        DtypeError: a leaf has another dtype than the model's tensor. Nothing is written in any of these cases.
 
     Example:
         >>> import jax
@@ -326,6 +329,11 @@ def _tensors_by_slot(call: str, model: nn.Module, params: Any, state: Any) -> di
     for root, leaves, tree in trees:
         values = check_shapes(call, root, leaves, flatten(call, root, leaves, tree))
         for leaf, value in zip(leaves, values, strict=True):
+            if dtype_j2t(value.dtype) not in (leaf.dtype, narrowed(leaf.dtype)):
+                raise DtypeError(
+                    f"{call}: {_address(root, leaf)}: expected {narrowed(leaf.dtype)}, got {value.dtype}. Cast it with "
+                    "`.astype(...)` first, or cast the torch model with `.to(...)`."
+                )
             device = slots[leaf.slots[0]].device
             tensor = j2t(value, copy=True).to(device=device, dtype=leaf.dtype)
             tensors.update(dict.fromkeys(leaf.slots, tensor))
@@ -350,3 +358,44 @@ def trainable_mask(model: nn.Module) -> dict[str, Any]:
     """
     leaves = layout_of(model).params
     return nest(leaves, (leaf.trainable for leaf in leaves))
+
+
+def label_params(params: Any, rules: Mapping[str, str], default: str) -> dict[str, Any]:
+    """Labels by path, for `optax.multi_transform`.
+
+    Args:
+        params: nested dict of arrays, of a converted model or of a Flax model around it.
+        rules: labels by pattern. A pattern is a dotted path, with `*` for anything (also across dots); it stands
+            for everything below the path, too. The first rule that fits counts.
+        default: the label of the leaves that no rule fits.
+
+    Returns:
+        A nested dict like `params`, with a label for each leaf.
+
+    Raises:
+        StructureError: a rule fits no leaf, which is most often a misspelt name.
+
+    Example:
+        >>> params = {"encoder": {"norm": {"bias": 0.0}, "linear": {"bias": 0.0}}, "head": {"bias": 0.0}}
+        >>> label_params(params, {"encoder.norm": "frozen", "encoder": "slow"}, "fast")
+        {'encoder': {'norm': {'bias': 'frozen'}, 'linear': {'bias': 'slow'}}, 'head': {'bias': 'fast'}}
+    """
+    used: set[str] = set()
+
+    def label(path: Path, node: Any) -> Any:
+        if isinstance(node, Mapping):
+            return {key: label((*path, str(key)), child) for key, child in node.items()}
+        address = PATH_SEPARATOR.join(path)
+        for pattern, name in rules.items():
+            if fnmatch.fnmatchcase(address, pattern) or fnmatch.fnmatchcase(address, f"{pattern}.*"):
+                used.add(pattern)
+                return name
+        return default
+
+    labels: dict[str, Any] = label((), params)
+    if unused := [pattern for pattern in rules if pattern not in used]:
+        raise StructureError(
+            f"label_params: {_listed(unused)}: expected a pattern that fits a leaf of params, got one that fits none, "
+            f"or that an earlier rule hides. The leaves are under {', '.join(map(str, params))}."
+        )
+    return labels

@@ -89,21 +89,26 @@ def output_paths(tree: OutputTree, prefix: str = "output") -> list[str]:
     """A readable address for each flat output, in order."""
     if tree.kind == "leaf":
         return [prefix]
-    names: Sequence[Any] = range(len(tree.children))
-    if tree.kind == "dataclass" or (isinstance(tree.context, (list, tuple)) and len(tree.context) == len(names)):
-        names = tree.context
-    return [
-        path
-        for name, child in zip(names, tree.children, strict=True)
-        for path in output_paths(child, f"{prefix}[{name!r}]")
-    ]
+    return [path for name, child in _named_children(tree) for path in output_paths(child, f"{prefix}[{name!r}]")]
 
 
 def static_outputs(tree: OutputTree, prefix: str = "output") -> list[tuple[str, Any]]:
     """The values in an output that are no tensors, with their addresses."""
     if tree.kind == "static":
         return [(prefix, tree.context)]
-    return [found for index, child in enumerate(tree.children) for found in static_outputs(child, f"{prefix}[{index}]")]
+    return [found for name, child in _named_children(tree) for found in static_outputs(child, f"{prefix}[{name!r}]")]
+
+
+def _named_children(tree: OutputTree) -> list[tuple[Any, OutputTree]]:
+    """The parts of a node under their names: keys where torch's registry has a list of them, else positions."""
+    names: Sequence[Any] = range(len(tree.children))
+    for context in (
+        tree.context,
+        tree.context[0] if isinstance(tree.context, (list, tuple)) and tree.context else None,
+    ):
+        if isinstance(context, (list, tuple)) and len(context) == len(tree.children):
+            names = context
+    return list(zip(names, tree.children, strict=True))
 
 
 def _new_dataclass(cls: type, names: Sequence[str], values: Sequence[Any]) -> Any:
