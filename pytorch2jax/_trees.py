@@ -49,7 +49,10 @@ class OutputTree(NamedTuple):
         if self.kind == "dataclass":
             value = _new_dataclass(self.node_type, self.context, children)
         else:
-            value = unflatten_torch_node(self.node_type, children, self.context)
+            try:
+                value = unflatten_torch_node(self.node_type, children, self.context)
+            except Exception:  # a class of somebody else's that can hold nothing but tensors
+                return TorchContainer(self.node_type, self.context, children)
         _register_with_jax(value)
         return value
 
@@ -60,6 +63,40 @@ class OutputTree(NamedTuple):
         if self.kind == "static":
             return repr(self.context)
         return f"{self.node_type.__name__}({', '.join(child.describe() for child in self.children)})"
+
+
+@jax.tree_util.register_pytree_node_class
+class TorchContainer:
+    """Arrays in the place of a torch container that takes only tensors, such as a cache of keys and values.
+
+    It passes through `jax.jit`, and becomes the torch container again where it is an argument of a converted
+    function.
+
+    Attributes:
+        node_type: the type of the container.
+        children: its parts, with arrays in the place of tensors.
+    """
+
+    def __init__(self, node_type: Any, context: Any, children: Sequence[Any]) -> None:
+        self.node_type = node_type
+        self.children = list(children)
+        self._context = context
+
+    def __repr__(self) -> str:
+        return f"TorchContainer({self.node_type.__name__}, {self.children})"
+
+    def tree_flatten(self) -> tuple[list[Any], _Context]:
+        """For JAX's pytrees."""
+        return self.children, _Context((self.node_type, None, self._context))
+
+    @classmethod
+    def tree_unflatten(cls, aux: _Context, children: Sequence[Any]) -> Any:
+        """For JAX's pytrees; around tensors, the container itself."""
+        node_type, _, context = aux.tree
+        leaves = jax.tree.leaves(list(children))
+        if leaves and all(isinstance(leaf, torch.Tensor) for leaf in leaves):
+            return unflatten_torch_node(node_type, list(children), context)
+        return cls(node_type, context, children)
 
 
 def flatten_output(value: Any, is_leaf: Callable[[Any], bool]) -> tuple[list[Any], OutputTree]:

@@ -96,6 +96,26 @@ def test_a_cache_that_torch_does_not_know_is_named():
     assert apply(params, input_ids=jnp.array([[1, 2]]), use_cache=False).logits.shape == (1, 2, 7)
 
 
+def test_a_cache_that_torch_knows_goes_out_and_comes_in(monkeypatch):
+    import torch.utils._pytree as torch_pytree
+    from transformers.integrations import executorch
+
+    for name in ("SUPPORTED_NODES", "SUPPORTED_SERIALIZED_TYPES", "SERIALIZED_TYPE_TO_PYTHON_TYPE"):
+        monkeypatch.setattr(torch_pytree, name, dict(getattr(torch_pytree, name)))
+    executorch.register_dynamic_cache_export_support()
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=7, n_positions=8, n_embd=4, n_layer=2, n_head=1)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    apply, params = convert_pytnn_to_jax(model)
+    first = jax.jit(lambda p, i: apply(p, input_ids=i))(params, jnp.array([[1, 2, 3]]))
+    step = jax.jit(lambda p, i, cache: apply(p, input_ids=i, past_key_values=cache))
+    second = step(params, jnp.array([[4]]), first.past_key_values)
+    expected = model(torch.tensor([[1, 2, 3, 4]]), use_cache=False).logits.detach()
+    np.testing.assert_allclose(second.logits[:, -1], expected[:, -1], rtol=1e-4, atol=1e-6)
+    assert "TorchContainer(DynamicCache" in repr(second.past_key_values)
+    assert all(leaf.shape[2] == 4 for leaf in jax.tree.leaves(second.past_key_values))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64, torch.float64])
 def test_models_in_other_dtypes(dtype):
     model = nn.Sequential(nn.Linear(3, 4, dtype=dtype), nn.Linear(4, 2, dtype=dtype))
