@@ -29,8 +29,8 @@ from pytorch2jax._errors import (
     UnsupportedTransformError,
 )
 from pytorch2jax._module import convert_pytnn_to_jax
-from pytorch2jax._params import label_params, load_params, params_to_state_dict, trainable_mask
 from pytorch2jax._transfer import j2t, t2j
+from pytorch2jax._weights import label_params, load_params, params_to_state_dict, trainable_mask
 from pytorch2jax._wrap import py_to_jax_wrapper, torch2jax
 from pytorch2jax.compat import Size, convert_to_jax, convert_to_pyt, tree_j2t, tree_t2j
 

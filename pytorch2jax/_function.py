@@ -19,10 +19,10 @@ import jax
 import numpy as np
 import torch
 
+from pytorch2jax._arguments import Arguments
 from pytorch2jax._dtypes import dtype_j2t, narrowed
 from pytorch2jax._errors import (
     DtypeError,
-    LeafTypeError,
     OutputMismatchError,
     RandomnessError,
     StateError,
@@ -43,8 +43,8 @@ from pytorch2jax._internals import x64_enabled
 from pytorch2jax._program import Around, Program, RootProgram, Style, Tensors
 from pytorch2jax._rng import seeded
 from pytorch2jax._torch_state import TorchState, capture_torch_state
-from pytorch2jax._transfer import as_array, j2t, torch_device
-from pytorch2jax._trees import flatten_output, is_static, path_string, static_key
+from pytorch2jax._transfer import j2t, torch_device
+from pytorch2jax._trees import flatten_output
 
 
 class TorchCallable(Protocol):
@@ -88,22 +88,6 @@ class OwnTensor(NamedTuple):
     path: str
     dtype: torch.dtype
     value: Callable[[], jax.Array | None]
-
-
-class Arguments(NamedTuple):
-    """The arguments of one call, taken apart."""
-
-    treedef: Any
-    leaves: tuple[Any, ...]  # static values, and None in the place of arrays
-    positions: tuple[int, ...]  # where the arrays were
-    arrays: list[Any]
-
-    def path(self, number: int) -> str:
-        """The address of the array with this number, for messages."""
-        return _argument_path(self.treedef, self.positions[number])
-
-    def key(self) -> Hashable:
-        return (self.treedef, self.positions, tuple(map(static_key, self.leaves)))
 
 
 class TorchFunction:
@@ -166,25 +150,19 @@ class TorchFunction:
         state = capture_torch_state()
         device = _device(*own, *arguments.arrays)
         key = (arguments.key(), specs, variant, output_key, x64, state, device)
-        try:
-            return self._bound[key]
-        except KeyError:
-            pass
         with self._lock:
             if key not in self._bound:
                 call = _Call(arguments._replace(arrays=[]), len(own), variant, state, device)
-                self._bound[key] = BoundFunction(self, call, specs, key)
-                try:
-                    self._bound[key].infer([*own, *arguments.arrays], output_shapes)
-                except BaseException:
-                    del self._bound[key]
-                    raise
+                program = BoundFunction(self, call, specs, key)
+                program.infer([*own, *arguments.arrays], output_shapes)
+                self._bound[key] = program
                 while len(self._bound) > _KEPT_PROGRAMS:  # a new static value for each call
                     self._forget(self._bound.popitem(last=False)[1])
+            self._bound.move_to_end(key)
             return self._bound[key]
 
     def _forget(self, program: BoundFunction) -> None:
-        for derived in [p for p in self.compiled if p.root is program or p.root == program]:
+        for derived in [p for p in self.compiled if p.root == program]:
             del self.compiled[derived]
 
 
@@ -447,46 +425,6 @@ class BoundFunction(RootProgram):
         return self.inferred.tree.unflatten(outputs[:n_out]), changed
 
 
-def take_apart(call: str, args: Any, kwargs: Any) -> Arguments:
-    """Split the arguments of a call into arrays and static values.
-
-    Raises:
-        LeafTypeError: a leaf is neither an array nor a hashable Python value.
-    """
-    leaves, treedef = jax.tree.flatten((args, kwargs))
-    positions: list[int] = []
-    arrays: list[Any] = []
-    for index, leaf in enumerate(leaves):
-        path = functools.partial(_argument_path, treedef, index)
-        if isinstance(leaf, jax.Array) or not is_static(leaf):
-            positions.append(index)
-            arrays.append(as_array(call, path, leaf))
-            leaves[index] = None
-        else:
-            leaves[index] = _static(call, path, leaf)
-    return Arguments(treedef, tuple(leaves), tuple(positions), arrays)
-
-
-def _argument_path(treedef: Any, index: int) -> str:
-    """The address of a leaf among the arguments, for messages: `args.0`, `kwargs.mask`."""
-    addresses, _ = jax.tree_util.tree_flatten_with_path(treedef.unflatten(range(treedef.num_leaves)))
-    path = addresses[index][0]
-    return f"{'kwargs' if path[0].idx else 'args'}.{path_string(path[1:])}"
-
-
-def _static(call: str, path: Callable[[], str], value: Any) -> Any:
-    if isinstance(value, np.dtype) or (isinstance(value, type) and hasattr(value, "dtype")):
-        return dtype_j2t(value)
-    try:
-        hash(value)
-    except TypeError:
-        raise LeafTypeError(
-            f"{call}: {path()}: expected an array or a hashable Python value, got "
-            f"{type(value).__name__}. Pass arrays, numbers, strings, None, dtypes, or pytrees of them."
-        ) from None
-    return value
-
-
 def spec_of(array: Any) -> Spec:
     """Shape and dtype of an array or tracer."""
     return Spec(tuple(array.shape), array.dtype)
@@ -511,6 +449,3 @@ def _concrete(array: Any, default: Any, spec: TensorSpec, device: torch.device) 
         return torch.zeros(spec.shape, dtype=spec.dtype, device=device)
     generator = torch.Generator().manual_seed(0)
     return torch.rand(spec.shape, generator=generator).to(device=device, dtype=spec.dtype)
-
-
-__all__ = ["Arguments", "BoundFunction", "OwnTensor", "TorchCallable", "TorchFunction", "take_apart"]

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 from torch import nn
 
+from pytorch2jax._arguments import take_apart
 from pytorch2jax._errors import ConversionError, InferenceError, RandomnessError
-from pytorch2jax._function import BoundFunction, TorchFunction, take_apart
+from pytorch2jax._function import BoundFunction, TorchFunction
 from pytorch2jax._params import Leaf, arrays_of, check_shapes, flatten, layout_of, nest, own_tensors
 from pytorch2jax._primitive import torch_call
 from pytorch2jax._rng import seed_from_key

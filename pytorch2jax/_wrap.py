@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import torch
 
+from pytorch2jax._arguments import take_apart
 from pytorch2jax._dtypes import canonical_dtype_t2j
 from pytorch2jax._errors import LeafTypeError
-from pytorch2jax._function import TorchFunction, spec_of, take_apart
+from pytorch2jax._function import TorchFunction, spec_of
 from pytorch2jax._inference import Surroundings
 from pytorch2jax._primitive import torch_call
 from pytorch2jax._rng import SEED_DRAW, seed_from_key

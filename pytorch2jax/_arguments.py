@@ -1,0 +1,71 @@
+"""The arguments of a call: arrays on one side, static values and containers on the other."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from pytorch2jax._dtypes import dtype_j2t
+from pytorch2jax._errors import LeafTypeError
+from pytorch2jax._transfer import as_array
+from pytorch2jax._trees import is_static, path_string, static_key
+
+
+class Arguments(NamedTuple):
+    """The arguments of one call, taken apart."""
+
+    treedef: Any
+    leaves: tuple[Any, ...]  # static values, and None in the place of arrays
+    positions: tuple[int, ...]  # where the arrays were
+    arrays: list[Any]
+
+    def path(self, number: int) -> str:
+        """The address of the array with this number, for messages."""
+        return _argument_path(self.treedef, self.positions[number])
+
+    def key(self) -> Hashable:
+        return (self.treedef, self.positions, tuple(map(static_key, self.leaves)))
+
+
+def take_apart(call: str, args: Any, kwargs: Any) -> Arguments:
+    """Split the arguments of a call into arrays and static values.
+
+    Raises:
+        LeafTypeError: a leaf is neither an array nor a hashable Python value.
+    """
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    positions: list[int] = []
+    arrays: list[Any] = []
+    for index, leaf in enumerate(leaves):
+        path = functools.partial(_argument_path, treedef, index)
+        if isinstance(leaf, jax.Array) or not is_static(leaf):
+            positions.append(index)
+            arrays.append(as_array(call, path, leaf))
+            leaves[index] = None
+        else:
+            leaves[index] = _static(call, path, leaf)
+    return Arguments(treedef, tuple(leaves), tuple(positions), arrays)
+
+
+def _argument_path(treedef: Any, index: int) -> str:
+    """The address of a leaf among the arguments, for messages: `args.0`, `kwargs.mask`."""
+    addresses, _ = jax.tree_util.tree_flatten_with_path(treedef.unflatten(range(treedef.num_leaves)))
+    path = addresses[index][0]
+    return f"{'kwargs' if path[0].idx else 'args'}.{path_string(path[1:])}"
+
+
+def _static(call: str, path: Callable[[], str], value: Any) -> Any:
+    if isinstance(value, np.dtype) or (isinstance(value, type) and hasattr(value, "dtype")):
+        return dtype_j2t(value)
+    try:
+        hash(value)
+    except TypeError:
+        raise LeafTypeError(
+            f"{call}: {path()}: expected an array or a hashable Python value, got "
+            f"{type(value).__name__}. Pass arrays, numbers, strings, None, dtypes, or pytrees of them."
+        ) from None
+    return value
