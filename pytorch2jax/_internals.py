@@ -32,6 +32,7 @@ __all__ = [
     "hold_weakly",
     "is_batched",
     "is_torch_node",
+    "jit_disabled",
     "mlir",
     "set_grad_enabled",
     "set_vmap_fallback",
@@ -89,6 +90,11 @@ def fake_tensor_mode() -> Any:
 def x64_enabled() -> bool:
     """Whether JAX keeps 64-bit dtypes, in this thread and context."""
     return bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
+
+
+def jit_disabled() -> bool:
+    """Whether the user has turned `jax.jit` off."""
+    return bool(jax.config.jax_disable_jit)  # type: ignore[attr-defined]
 
 
 def set_vmap_fallback(enabled: bool) -> bool:

@@ -13,6 +13,7 @@ so that, for example, a Hessian by forward over reverse is `Jvp(Vjp(f))`, and pe
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,9 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from pytorch2jax._bridge import call_in_xla, original_error
-from pytorch2jax._internals import DRAWS_FROM_TORCH, Primitive, ShapedArray, ad, batching, mlir
+from pytorch2jax._internals import DRAWS_FROM_TORCH, Primitive, ShapedArray, ad, batching, jit_disabled, mlir
 from pytorch2jax._program import Program
-from pytorch2jax._transfer import check_one_device
+from pytorch2jax._transfer import check_one_device, torch_device
 from pytorch2jax._transforms import Jvp, Vjp, Vmap, inexact_outputs, transposed
 
 torch_call_p = Primitive("torch_call")
@@ -48,10 +49,15 @@ def _impl(*arrays: Any, program: Program) -> list[Any]:
     compiled_calls = program.root.compiled_calls()
     if program not in compiled_calls:
         compiled_calls[program] = jax.jit(lambda *inputs: torch_call(program, *inputs))
+    # With jit disabled the call would come back here: this is the implementation, there is nothing below it.
+    enabled = jax.disable_jit(False) if jit_disabled() else contextlib.nullcontext()
     try:
-        # Waiting costs nothing on CPU, where torch has done its work by then, and shows errors here.
-        with jax.disable_jit(False):  # this is the implementation: there is nothing below it
-            return jax.block_until_ready(compiled_calls[program](*arrays))
+        with enabled:
+            outputs: list[Any] = compiled_calls[program](*arrays)
+        if outputs and not isinstance(outputs[0], jax.core.Tracer) and torch_device(outputs[0]).type == "cpu":
+            # Waiting costs nothing where torch has done its work by then, and shows errors here.
+            jax.block_until_ready(outputs)
+        return outputs
     except (jax.errors.JaxRuntimeError, ValueError) as error:  # which of them depends on jax's dispatch path
         original = original_error(error)
         if original is None:
