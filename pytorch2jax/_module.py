@@ -74,7 +74,11 @@ def convert_pytnn_to_jax(
         return converted.apply(params, state, args, kwargs, **options)
 
     params, state = converted.take_initial()
-    return (apply_with_state, params, state) if with_state else (apply, params)
+    if with_state:
+        apply_with_state.__signature__ = converted.signature("params", "state")  # type: ignore[attr-defined]
+        return apply_with_state, params, state
+    apply.__signature__ = converted.signature("params")  # type: ignore[attr-defined]
+    return apply, params
 
 
 class ConvertedModule:
@@ -118,6 +122,18 @@ class ConvertedModule:
         """The adapter's own keyword arguments, by their plain names, and those for `forward`."""
         options = {name: kwargs.get(given, default) for given, (name, default) in self._keywords.items()}
         return options, {name: value for name, value in kwargs.items() if name not in self._keywords}
+
+    def signature(self, *leading: str) -> inspect.Signature:
+        """How a converted function is called, for `help` and editors."""
+        kinds = inspect.Parameter
+        return inspect.Signature(
+            [
+                *(kinds(name, kinds.POSITIONAL_OR_KEYWORD) for name in leading),
+                kinds("args", kinds.VAR_POSITIONAL),
+                *(kinds(given, kinds.KEYWORD_ONLY, default=d) for given, (_, d) in self._keywords.items()),
+                kinds("kwargs", kinds.VAR_KEYWORD),
+            ]
+        )
 
     def trained_statistics(self, args: Any, kwargs: Any) -> set[Leaf]:
         """The buffers that training changes: those that a forward pass in train mode writes to.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,6 +73,13 @@ def test_the_way_out():
     module = convert_pytnn_to_equinox(model, prefix="jax_")
     np.testing.assert_allclose(module(x, key=2.0), 2 * plain, rtol=1e-5)
     assert (np.asarray(module(x, jax_inference=False, jax_key=key)) == 0).any()
+
+
+def test_signatures_say_how_to_call():
+    apply, _ = convert_pytnn_to_jax(nn.Linear(2, 2))
+    assert str(inspect.signature(apply)) == "(params, *args, rng=None, train=False, **kwargs)"
+    apply, _, _ = convert_pytnn_to_jax(nn.Linear(2, 2), with_state=True, prefix="j_")
+    assert str(inspect.signature(apply)) == "(params, state, *args, j_rng=None, j_train=False, **kwargs)"
 
 
 def test_none_and_nested_containers():
