@@ -243,10 +243,13 @@ class BoundFunction(RootProgram):
                 self.inferred = infer(self.name, self._call, self._tensor_specs, values, self._what.device, around)
         self._out_dtypes = tuple(dtype_j2t(spec.dtype) for spec in self.inferred.specs)
         self._needs_grad = self.inferred.needs_grad
+        self.cuts = self.inferred.cuts
         n_own = len(self._own)
         kept = range(n_own, len(self._tensor_specs)) if self.inferred.retains else ()
         self._copied = tuple(sorted(self.inferred.written.union(kept)))
         self.out_specs = self.inferred.specs
+        first_state = len(self.out_specs) - len(self.inferred.changed)
+        self.constant = frozenset(range(first_state, len(self.out_specs)))
         changed = [self._tensor_specs[i].path for i in self.inferred.changed]
         trained = [path for path in changed if path.startswith("params.")]
         if trained:
@@ -307,6 +310,12 @@ class BoundFunction(RootProgram):
         new = message not in self._said
         self._said.add(message)
         return new
+
+    def backward(self, primals: Sequence[torch.Tensor]) -> contextlib.AbstractContextManager[None]:
+        if not self._seeded:
+            return contextlib.nullcontext()
+        # Not the numbers of the forward over again.
+        return seeded(primals[0].flatten() ^ 0x5DEECE66, host=self.inferred.host_random)
 
     def compiled_calls(self) -> dict[Any, Callable[..., Any]]:
         function = self._function()
@@ -405,6 +414,12 @@ class BoundFunction(RootProgram):
 
     def _output(self, value: Any, expected: TensorSpec, dtype: torch.dtype) -> torch.Tensor:
         tensor = value if type(value) is torch.Tensor else as_output_tensor(self.name, expected.path, value)
+        if tensor.is_meta:
+            raise StateError(
+                f"{self.name}: {expected.path}: computed from a parameter or buffer that the forward pass reaches from "
+                "somewhere else than the module's own attributes, where JAX's values cannot get. Reach it through "
+                "`self` of the module that owns it."
+            )
         if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
             raise OutputMismatchError(
                 f"{self.name}: {expected.path}: expected {expected.dtype}{list(expected.shape)}, as declared or "

@@ -53,6 +53,7 @@ class Inferred(NamedTuple):
     host_random: whether numbers come from NumPy's or Python's global generators, too.
     certain: whether every call does the same, as far as one can know: False where values decide.
     retains: whether the function keeps its arguments after the call.
+    cuts: whether it turns grad mode off inside, which torch's forward mode ignores.
     """
 
     outputs: tuple[TensorSpec, ...]
@@ -65,6 +66,7 @@ class Inferred(NamedTuple):
     host_random: bool = False
     certain: bool = True
     retains: bool = False
+    cuts: bool = False
 
 
 # A torch function over flat tensors: returns what the user's function returned, and the values that the
@@ -79,6 +81,7 @@ class Surroundings(NamedTuple):
     left_behind: tells which tensors a run has left in its attributes, and where.
     put_back: undoes that.
     originals: tensors that it must not use, because others stand for them, with their names.
+    held: tensors in its plain attributes, with their addresses.
     advice: what to do where inference fails.
     """
 
@@ -86,6 +89,7 @@ class Surroundings(NamedTuple):
     left_behind: Callable[[], list[tuple[str, torch.Tensor]]] = list
     put_back: Callable[[], None] = lambda: None
     originals: Callable[[], list[tuple[str, torch.Tensor]]] = list
+    held: Callable[[], list[tuple[str, torch.Tensor]]] = list
     advice: str = "declare what it returns with `output_shapes`"
 
 
@@ -139,15 +143,25 @@ def _infer_fake(
     name: str, call: FlatCall, inputs: Sequence[TensorSpec], device: torch.device, around: Surroundings
 ) -> tuple[Inferred, Tracker]:
     host = host_generators()
-    with differentiable_kernels(), fake_tensor_mode(), Exposure() as exposure:
+    exposure = Exposure()
+    with differentiable_kernels(), fake_tensor_mode():
         tensors = [torch.empty(s.shape, dtype=s.dtype, device=device) for s in inputs]
         tracker = Tracker(tensors, tensors[around.n_own :])
         with tracker:
-            result, needs_grad = run_without_graph(call, tensors)
+            result, needs_grad = run_without_graph(call, tensors, exposure)
             inferred = _conclude(name, result, tensors, tracker)._replace(needs_grad=needs_grad)
         kept = [(where, tensor) for where, tensor in around.left_behind() if tracker.is_derived(tensor)]
         if kept:
             _check_not_read(name, call, inputs, device, kept)
+    _check_foreign(name, around, tracker)
+    inferred = inferred._replace(cuts=exposure.cuts)
+    if exposure.happened:
+        inferred = inferred._replace(written=frozenset(range(len(inputs))))
+    return _with_host_randomness(inferred, host), tracker
+
+
+def _check_foreign(name: str, around: Surroundings, tracker: Tracker) -> None:
+    """Complain about tensors that the run took from elsewhere, or changed there."""
     used = [where for where, tensor in around.originals() if tracker.has_used(tensor)]
     if used:
         raise StateError(
@@ -155,9 +169,13 @@ def _infer_fake(
             "attributes (a closure, a hook, a plain list or object), where the parameters that JAX passes cannot "
             "get. Reach it through `self` of the module that owns it."
         )
-    if exposure.happened:
-        inferred = inferred._replace(written=frozenset(range(len(inputs))))
-    return _with_host_randomness(inferred, host), tracker
+    written = [where for where, tensor in around.held() if tracker.has_written(tensor)]
+    if written:
+        raise StateError(
+            f"{name}: {', '.join(written)}: a tensor that the forward pass writes to and that is no buffer, so that it "
+            "would carry something from one call to the next. Make it a buffer (`register_buffer`) and convert "
+            "with state."
+        )
 
 
 def _with_host_randomness(inferred: Inferred, before: Any) -> Inferred:
@@ -218,9 +236,12 @@ def _infer_real(
     name: str, call: FlatCall, inputs: Sequence[TensorSpec], tensors: list[torch.Tensor], around: Surroundings
 ) -> Inferred:
     before, host = [t.clone() for t in tensors], host_generators()
-    with Tracker(tensors) as tracker, Exposure() as exposure:
-        result, needs_grad = run_without_graph(call, tensors)
+    exposure = Exposure()
+    with Tracker(tensors) as tracker:
+        result, needs_grad = run_without_graph(call, tensors, exposure)
         inferred = _conclude(name, result, tensors, tracker)
+    _check_foreign(name, around, tracker)
+    inferred = inferred._replace(cuts=exposure.cuts)
     differing = {i for i, (new, old) in enumerate(zip(tensors, before, strict=True)) if not _same_bits(new, old)}
     # On other values it may write to others of its arguments. Of its own tensors, which are many, only those are
     # copied that this run wrote to; a write to another one is an error at run time.
@@ -240,9 +261,13 @@ def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     return torch.equal(*flat)
 
 
-def run_without_graph(call: FlatCall, tensors: list[torch.Tensor]) -> tuple[tuple[Any, list[torch.Tensor]], bool]:
+def run_without_graph(
+    call: FlatCall,
+    tensors: list[torch.Tensor],
+    watch: contextlib.AbstractContextManager[Any] | None = None,
+) -> tuple[tuple[Any, list[torch.Tensor]], bool]:
     """Call without recording a graph, or with one for functions that differentiate inside (second result)."""
-    with torch.no_grad():
+    with torch.no_grad(), watch or contextlib.nullcontext():
         try:
             return call(list(tensors)), False
         except RuntimeError as error:

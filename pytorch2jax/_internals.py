@@ -6,7 +6,7 @@ jax 0.10.2 and torch 2.13.0; written for jax 0.11 and torch 2.11 as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ __all__ = [
     "hold_weakly",
     "is_batched",
     "is_torch_node",
+    "is_turning_grad_off",
     "jit_disabled",
     "mlir",
     "set_grad_enabled",
@@ -107,6 +108,11 @@ def set_vmap_fallback(enabled: bool) -> bool:
 def is_batched(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a batch inside of `torch.vmap`."""
     return bool(torch._C._functorch.is_batchedtensor(tensor))
+
+
+def is_turning_grad_off(func: Any, args: Sequence[Any]) -> bool:
+    """Whether a call that a `TorchFunctionMode` sees is `torch.no_grad()` at work."""
+    return func is torch._C._set_grad_enabled and not args[0]
 
 
 def is_torch_node(value: Any) -> bool:

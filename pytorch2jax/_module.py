@@ -106,6 +106,9 @@ class ConvertedModule:
         own += own_tensors("state", self.layout.state, self._state)
         self._function = TorchFunction(self.name, call, identity=call, own=own)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ConvertedModule:
+        return self  # it has no state of its own
+
     def initial(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Parameters and state as they were at conversion."""
         assert self._params is not None
@@ -178,7 +181,7 @@ class ConvertedModule:
         Args:
             params, state: nested dicts.
             args, kwargs: what `forward` gets.
-            rng: a JAX key or None.
+            rng: a JAX key, or a function that gives one and is called where one is needed, or None.
             train: which mode the module is in; None for the mode of each submodule at conversion.
             rng_argument: how a user of the adapter passes a key, for messages.
 
@@ -193,7 +196,7 @@ class ConvertedModule:
                     f"{self.name}: the model draws random numbers (train={train}), expected a JAX key, got none. "
                     f"Pass `{rng_argument}`, a new key for each call."
                 )
-            seed = seed_from_key(self.name, rng)
+            seed = seed_from_key(self.name, rng() if callable(rng) else rng)
             program = program.with_seed(seed.shape[0], shared=True)
             inputs.insert(0, seed)
         out, changed = program.rebuild(torch_call(program, *inputs))

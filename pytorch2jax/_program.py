@@ -74,11 +74,13 @@ class Program(abc.ABC):
 
     in_specs, out_specs: shapes and dtypes as JAX sees them.
     n_linear: the program is linear in this many of its last inputs.
+    constant: outputs through which no derivative goes: the new state of a module, as in torch.
     """
 
     in_specs: tuple[Spec, ...]
     out_specs: tuple[Spec, ...]
     n_linear: int = 0
+    constant: frozenset[int] = frozenset()
 
     differentiates: ClassVar[bool] = False  # is itself a derivative
     forward_mode: ClassVar[bool] = False
@@ -187,6 +189,7 @@ class Program(abc.ABC):
             for style in _LADDER
             if (style.batching is Batching.RULES or batches)
             and (style.forward_mode or forward_mode)
+            and not (style.forward_mode and forward_mode and self.root.cuts)
             and (style.fused or self._order or batches)
         ]
 
@@ -220,10 +223,15 @@ class RootProgram(Program):
     name: str
     state: TorchState
     vmap_randomness: str = "same"
+    cuts: bool = False  # torch.no_grad() inside, which torch's forward mode ignores
 
     def first_time(self, message: str) -> bool:
         """Whether a message of this kind is new to the user's function."""
         return False
+
+    def backward(self, primals: Sequence[torch.Tensor]) -> contextlib.AbstractContextManager[None]:
+        """What surrounds a backward pass: random numbers in it, too, come from the key."""
+        return contextlib.nullcontext()
 
     def compiled_calls(self) -> dict[Any, Callable[..., Any]]:
         """Where compiled calls outside of jit are kept, for this program and those derived from it."""

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from pytorch2jax._attributes import Change, Snapshot
+from pytorch2jax._attributes import Change, Held, Snapshot
 from pytorch2jax._errors import ConversionError
 from pytorch2jax._inference import Surroundings
 from pytorch2jax._params import Leaf, Slots
@@ -30,8 +30,17 @@ class Skeleton:
         source = Slots(model)
         tensors = [source[leaf.slots[0]] for leaf in leaves]
         self._placeholders = [_placeholder(t) for t in tensors]
-        self._module = _copy_without(model, tensors, self._placeholders)
-        slots, others = Slots(self._module), _other_places(self._module, self._placeholders)
+        self._module, computed = _copy_without(model, tensors, self._placeholders)
+        self._snapshot: Snapshot | None = None
+        held = Snapshot(self._module).tensors
+        slots, others = Slots(self._module), _other_places(held, self._placeholders)
+        own = {id(p) for p in self._placeholders}
+        # What was computed from parameters before conversion; `forward` may replace it, but not use it.
+        ids = {id(t) for t in computed}
+        self._computed = [(where, tensor) for where, tensor, _ in held if id(tensor) in ids]
+        self._attribute_tensors = [(where, tensor) for where, tensor, _ in held if id(tensor) not in own]
+        # Modules that do more in `train()` and `eval()` than setting flags do so in each call.
+        self._overrides = any(_overrides_mode(m) for m in self._module.modules())
         self._tables: list[list[tuple[Any, Any]]] = [
             [(slots.table(slot), slot.name) for slot in leaf.slots] + others[id(placeholder)]
             for leaf, placeholder in zip(leaves, self._placeholders, strict=True)
@@ -45,7 +54,6 @@ class Skeleton:
         self._flags = {None: _training_flags(self._module)}
         self._source = [(".".join(leaf.path), weakref.ref(t)) for leaf, t in zip(leaves, tensors, strict=True)]
         self._leftovers: dict[tuple[int, Any], Change] = {}
-        self._snapshot: Snapshot | None = None
         self._lock = threading.RLock()
         self._depth = 0
         self._empty()
@@ -53,14 +61,19 @@ class Skeleton:
     def __call__(
         self, own: list[torch.Tensor], variant: Hashable, args: Any, kwargs: Any
     ) -> tuple[Any, list[torch.Tensor]]:
-        self._set_mode(variant)
         for tables, tensor in zip(self._tables, own, strict=True):
             for table, name in tables:
                 table[name] = tensor
+        self._set_mode(variant)
         out = self._module(*args, **kwargs)
         return out, [tables[0][0][tables[0][1]] for tables in self._tables]
 
     def _set_mode(self, train: Any) -> None:
+        if self._overrides and train is not None:
+            for module, training in self._flags[None]:
+                module.training = training
+            self._module.train() if train else self._module.eval()
+            return
         if train not in self._flags:
             self._module.train(train)
             self._flags[train] = _training_flags(self._module)
@@ -108,6 +121,7 @@ class Skeleton:
             self._left_behind,
             self._put_back,
             self._originals,
+            lambda: self._attribute_tensors,
             "check the arguments, and that the model runs on them in torch",
         )
 
@@ -121,7 +135,7 @@ class Skeleton:
 
     def _originals(self) -> list[tuple[str, torch.Tensor]]:
         """The tensors of the user's module, as far as they are still there."""
-        return [(path, tensor) for path, ref in self._source if (tensor := ref()) is not None]
+        return [(path, tensor) for path, ref in self._source if (tensor := ref()) is not None] + self._computed
 
     def constants(self, device: torch.device) -> list[torch.Tensor]:
         if device not in self._constants:
@@ -129,18 +143,26 @@ class Skeleton:
         return self._constants[device]
 
 
-def _other_places(module: nn.Module, tensors: Sequence[torch.Tensor]) -> dict[int, list[tuple[Any, Any]]]:
-    """The plain attributes, and the lists and dicts in them, that hold a parameter or buffer, by its id."""
+def _other_places(held: Sequence[Held], tensors: Sequence[torch.Tensor]) -> dict[int, list[tuple[Any, Any]]]:
+    """The attributes, lists, dicts and objects besides the slots that hold a parameter or buffer, by its id."""
     places: dict[int, list[tuple[Any, Any]]] = {id(t): [] for t in tensors}
-    for submodule in module.modules():
-        attributes = submodule.__dict__
-        slots = (attributes.get("_parameters"), attributes.get("_buffers"))
-        for holder in [attributes, *(v for v in attributes.values() if not any(v is s for s in slots))]:
-            items = holder.items() if type(holder) is dict else enumerate(holder) if type(holder) is list else ()
-            for key, item in items:
-                if id(item) in places:
-                    places[id(item)].append((holder, key))
+    for where, tensor, place in held:
+        if id(tensor) not in places:
+            continue
+        if place is None:
+            raise ConversionError(
+                f"convert: {where}: a parameter or buffer in a tuple, which cannot be exchanged. Keep it in a list, or "
+                "reach it through `self` of the module that owns it."
+            )
+        places[id(tensor)].append(place)
     return places
+
+
+def _overrides_mode(module: nn.Module) -> bool:
+    own = isinstance(module, torch.jit.ScriptModule) or (
+        type(module).train is nn.Module.train and type(module).eval is nn.Module.eval
+    )
+    return not own
 
 
 def _training_flags(module: nn.Module) -> list[tuple[nn.Module, bool]]:
@@ -155,18 +177,27 @@ def _placeholder(tensor: torch.Tensor) -> torch.Tensor:
 class _DeepcopyNonLeaves(TorchFunctionMode):
     """Lets modules be copied that hold results of computations, as the old `weight_norm` does."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: list[torch.Tensor] = []
+
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.__deepcopy__ and not args[0].is_leaf:
-            return args[1].setdefault(id(args[0]), args[0].detach().clone())
+            if id(args[0]) not in args[1]:
+                args[1][id(args[0])] = args[0].detach().clone()
+                self.copies.append(args[1][id(args[0])])
+            return args[1][id(args[0])]
         return func(*args, **(kwargs or {}))
 
 
-def _copy_without(model: nn.Module, tensors: Sequence[torch.Tensor], placeholders: Sequence[torch.Tensor]) -> nn.Module:
-    """A deep copy of a module with placeholders for its parameters and buffers."""
+def _copy_without(
+    model: nn.Module, tensors: Sequence[torch.Tensor], placeholders: Sequence[torch.Tensor]
+) -> tuple[nn.Module, list[torch.Tensor]]:
+    """A deep copy of a module with placeholders for its parameters and buffers, and its results of computations."""
     memo: dict[int, Any] = {id(t): p for t, p in zip(tensors, placeholders, strict=True)}
     try:
-        with _DeepcopyNonLeaves():
-            return copy.deepcopy(model, memo)
+        with _DeepcopyNonLeaves() as non_leaves:
+            return copy.deepcopy(model, memo), non_leaves.copies
     except Exception as error:
         raise ConversionError(
             f"convert: {type(model).__name__}: expected a module that `copy.deepcopy` can copy, got "

@@ -14,7 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from pytorch2jax._errors import RandomnessError
-from pytorch2jax._internals import TorchDispatchMode, torch_pytree
+from pytorch2jax._internals import TorchDispatchMode, is_turning_grad_off, torch_pytree
 
 
 class Tracker(TorchDispatchMode):
@@ -48,6 +48,10 @@ class Tracker(TorchDispatchMode):
     def has_used(self, tensor: torch.Tensor) -> bool:
         """Whether an operator had this tensor, which was no input of the function, for an input."""
         return _storage(tensor) in self._others
+
+    def has_written(self, tensor: torch.Tensor) -> bool:
+        """Whether an operator has written to this tensor."""
+        return _storage(tensor) in self._writers
 
     def written(self) -> frozenset[int]:
         """The inputs that were written to."""
@@ -180,17 +184,20 @@ def _draws_nothing(func: Any, args: Any, kwargs: Any) -> bool:
 
 
 class Exposure(TorchFunctionMode):
-    """Notices when memory is handed to code that torch cannot watch."""
+    """Notices when memory is handed to code that torch cannot watch, and when grad mode is turned off."""
 
     _EXPOSING = frozenset({torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.data_ptr, torch.Tensor.__dlpack__})
 
     def __init__(self) -> None:
         super().__init__()
         self.happened = False
+        self.cuts = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self._EXPOSING:
             self.happened = True
+        if is_turning_grad_off(func, args):
+            self.cuts = True
         return func(*args, **(kwargs or {}))
 
 

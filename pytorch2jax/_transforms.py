@@ -76,7 +76,7 @@ class _Derived(Program):
 
 def inexact_outputs(program: Program) -> tuple[int, ...]:
     """Which outputs of a program have tangents."""
-    return tuple(i for i, spec in enumerate(program.out_specs) if is_inexact(spec.dtype))
+    return tuple(i for i, spec in enumerate(program.out_specs) if is_inexact(spec.dtype) and i not in program.constant)
 
 
 class Jvp(_Derived):
@@ -124,9 +124,10 @@ class Jvp(_Derived):
         with torch.enable_grad():
             inputs, outputs = _record(self.base, primals, self.active, self.outputs, style)
             duals = tuple(_any_direction(o).requires_grad_() for o in outputs)
-            pulled = _gradients(outputs, inputs, duals, create_graph=True)
-            self._check_recorded(pulled, duals)
-            return _gradients(pulled, duals, tangents, create_graph=keep)
+            with self.root.backward(primals):
+                pulled = _gradients(outputs, inputs, duals, create_graph=True)
+                self._check_recorded(pulled, duals)
+                return _gradients(pulled, duals, tangents, create_graph=keep)
 
 
 class Vjp(_Derived):
@@ -157,9 +158,12 @@ class Vjp(_Derived):
             inputs, outputs = _record(self.base, primals, self.active, self.outputs, style)
             if keep:
                 cotangents = tuple(c if c.requires_grad else c.detach().requires_grad_() for c in cotangents)
-            pulled = _gradients(outputs, inputs, cotangents, create_graph=keep)
-            if keep:
-                self._check_recorded(pulled, cotangents)
+            else:  # a backward may write to what it is given, and these are XLA's
+                cotangents = tuple(c.clone() for c in cotangents)
+            with self.root.backward(primals):
+                pulled = _gradients(outputs, inputs, cotangents, create_graph=keep)
+                if keep:
+                    self._check_recorded(pulled, cotangents)
             return _conjugated(pulled)
 
 
@@ -181,6 +185,7 @@ class Vmap(_Derived):
     ) -> None:
         super().__init__(base, in_dims, out_dims, size)
         self.in_dims, self.out_dims, self.size = in_dims, out_dims, size
+        self.constant = base.constant
         self.in_specs = tuple(map(self._batched, base.in_specs, in_dims))
         self.out_specs = tuple(map(self._batched, base.out_specs, out_dims))
         self.n_linear = base.n_linear

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import threading
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 
 from pytorch2jax import (
+    ConversionError,
     InferenceError,
     RandomnessError,
     StateError,
@@ -489,3 +492,245 @@ def test_load_params_into_a_model_that_shares_its_memory():
     _, params = convert_pytnn_to_jax(model, copy=False)
     load_params(model, jax.tree.map(lambda p: p * 2, params))
     assert torch.isfinite(model.weight).all()
+
+
+# -- a second reading --------------------------------------------------------------------------------------------
+
+
+class Holder:
+    pass
+
+
+@pytest.mark.parametrize("where", ["object", "nested list"])
+def test_parameters_in_objects_and_nested_lists(where):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(3, 3))
+            self.holder = Holder()
+            self.holder.w = self.w if where == "object" else [[self.w]]
+
+        def forward(self, x):
+            return x @ (self.holder.w if where == "object" else self.holder.w[0][0])
+
+    apply, params = convert_pytnn_to_jax(Model())
+    x = jnp.arange(3.0, dtype=jnp.float32)
+    assert apply(params, x).tolist() == [3.0] * 3
+    assert jax.grad(lambda p: apply(p, x).sum())(params)["w"].tolist() == [[0.0] * 3, [1.0] * 3, [2.0] * 3]
+
+
+def test_parameters_in_tuples_are_refused():
+    model = nn.Linear(3, 3)
+    model.both = (model.weight, model.bias)
+    with pytest.raises(ConversionError, match=r"both\[0\]: a parameter or buffer in a tuple"):
+        convert_pytnn_to_jax(model)
+
+
+@pytest.mark.parametrize("override", ["train", "eval"])
+def test_train_and_eval_that_do_more_than_setting_flags(override):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.temperature = nn.Linear(3, 3), 1.0
+
+        def forward(self, x):
+            return self.linear(x) * self.temperature
+
+    def train(self, mode=True):
+        nn.Module.train(self, mode)
+        self.temperature = 1.0 if mode else 0.1
+        return self
+
+    def evaluate(self):
+        self.temperature = 0.1
+        return nn.Module.eval(self)
+
+    setattr(Model, override, train if override == "train" else evaluate)
+    model = Model()
+    apply, params = convert_pytnn_to_jax(model)
+    x = torch.ones(2, 3)
+    for _ in range(2):
+        training = apply(params, jnp.ones((2, 3), jnp.float32), train=True)
+        np.testing.assert_allclose(training, model.linear(x).detach(), rtol=1e-6)
+        evaluation = apply(params, jnp.ones((2, 3), jnp.float32))
+        np.testing.assert_allclose(evaluation, 0.1 * model.linear(x).detach(), rtol=1e-6)
+
+
+def test_weights_that_are_fused_when_training_ends():
+    class Fused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.fused = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3)), None
+
+        def train(self, mode=True):
+            super().train(mode)
+            self.fused = None if mode else self.a * self.b
+            return self
+
+        def forward(self, x):
+            return x * (self.a * self.b if self.fused is None else self.fused)
+
+    apply, params = convert_pytnn_to_jax(Fused().eval())
+    x = jnp.full(3, 2.0, jnp.float32)
+    assert apply(jax.tree.map(lambda p: 3 * p, params), x).tolist() == [18.0] * 3
+    assert jax.grad(lambda p: apply(p, x).sum())(params)["a"].tolist() == [2.0] * 3
+
+
+def test_what_was_computed_from_parameters_before_conversion_is_refused():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(3))
+            self.doubled = self.w * 2
+
+        def forward(self, x):
+            return x * self.doubled
+
+    apply, params = convert_pytnn_to_jax(Model())
+    with pytest.raises(StateError, match="doubled: used by the forward pass"):
+        apply(params, jnp.ones(3))
+
+
+@pytest.mark.parametrize("value", [lambda: torch.zeros(()), lambda: np.zeros(1)])
+def test_plain_tensors_and_arrays_that_are_changed_in_place(value):
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.n = nn.Linear(3, 3), value()
+
+        def forward(self, x):
+            self.n += 1
+            return self.linear(x) * float(self.n.item())
+
+    apply, params = convert_pytnn_to_jax(Counts())
+    x = jnp.ones((2, 3), jnp.float32)
+    if isinstance(value(), torch.Tensor):
+        with pytest.raises(StateError, match=r"n: a tensor that the forward pass writes to and that is no buffer"):
+            apply(params, x)
+    else:  # it is put back
+        first = apply(params, x)
+        np.testing.assert_array_equal(apply(params, x), first)
+
+
+def test_forward_mode_respects_no_grad():
+    def f(w):
+        with torch.no_grad():
+            frozen = w * w
+        return (frozen * w).sum()
+
+    g, w = torch2jax(f), jnp.array([2.0, 3.0])
+    assert jax.grad(g)(w).tolist() == [4.0, 9.0]
+    assert jax.jacfwd(g)(w).tolist() == [4.0, 9.0]
+    assert jnp.diag(jax.hessian(g)(w)).tolist() == [0.0, 0.0]
+    batch = jnp.stack([w, 2 * w])
+    np.testing.assert_array_equal(jax.vmap(jax.jacfwd(g))(batch), batch**2)
+
+
+@pytest.mark.parametrize(
+    "write", [lambda g: g.data.mul_(2), lambda g: g.mul_(2), lambda g: np.multiply(g.numpy(), 2, out=g.numpy())]
+)
+def test_a_backward_that_writes_to_its_cotangent(write):
+    class Writes(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, g):
+            write(g)
+            return g
+
+    cotangent = jnp.ones(3)
+    _, pull = jax.vjp(torch2jax(lambda x: Writes.apply(x)), jnp.ones(3))
+    for _ in range(2):
+        assert pull(cotangent)[0].tolist() == [2.0] * 3
+    assert cotangent.tolist() == [1.0] * 3
+
+
+def test_randomness_in_a_backward_comes_from_the_key():
+    class Noisy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * torch.rand_like(g)
+
+    f = torch2jax(lambda x: Noisy.apply(F.dropout(x, 0.5)))
+    before = torch.get_rng_state()
+
+    def gradient(key):
+        return jax.grad(lambda x: f(x, rng=key).sum())(jnp.ones(50))
+
+    np.testing.assert_array_equal(gradient(KEY), gradient(KEY))
+    assert not np.array_equal(gradient(KEY), gradient(jax.random.key(1)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_checkpointed_dropout_on_a_transposed_tensor():
+    def segment(h):
+        return F.dropout(h.t(), 0.5) * h.t()
+
+    def plain(x):
+        return segment(x).sum(1)
+
+    def checkpointed(x):
+        return torch.utils.checkpoint.checkpoint(segment, x, use_reentrant=False).sum(1)
+
+    x = jnp.cos(jnp.arange(12.0)).reshape(3, 4)
+    ours, theirs = (jax.grad(lambda x, f=torch2jax(f): (f(x, rng=KEY) ** 2).sum())(x) for f in (plain, checkpointed))
+    np.testing.assert_allclose(ours, theirs)
+
+
+def test_a_closure_is_seen_where_values_are_read_too():
+    base = nn.Linear(3, 3)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base = base
+            self.fn = lambda z: base(z)
+
+        def forward(self, x):
+            return x if x.abs().max().item() > 1e6 else self.fn(x)
+
+    apply, params = convert_pytnn_to_jax(Model())
+    with pytest.raises(StateError, match="used by the forward pass from somewhere else"):
+        apply(params, jnp.ones((1, 3), jnp.float32))
+
+
+def test_a_batch_norm_that_is_called_twice_in_one_gradient():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
+    apply, params, state = convert_pytnn_to_jax(model, with_state=True)
+    x = jax.random.normal(KEY, (8, 3))
+
+    def two(params):
+        first, middle = apply(params, state, x, train=True)
+        second, _ = apply(params, middle, 2 * x)
+        return (first**3).sum() + (second**2).sum()
+
+    gradient = jax.jit(jax.grad(two))(params)
+    tensor = torch.from_numpy(np.array(x))
+    first = model.train()(tensor)
+    ((first**3).sum() + (model.eval()(2 * tensor) ** 2).sum()).backward()
+    np.testing.assert_allclose(gradient["0"]["weight"], model[0].weight.grad, rtol=1e-8)
+    np.testing.assert_allclose(jax.jacfwd(two)(params)["0"]["weight"], model[0].weight.grad, rtol=1e-8)
+    carried = jax.lax.scan(lambda s, x: apply(params, s, x, train=True)[::-1], state, jnp.stack([x, x]))[0]
+    assert carried["1"]["num_batches_tracked"] == 2
+
+
+def test_copies_and_views_of_nnx_modules():
+    from flax import nnx
+
+    from pytorch2jax import convert_pytnn_to_equinox, convert_pytnn_to_nnx
+
+    module = convert_pytnn_to_nnx(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)))
+    x = jnp.ones((20, 3), jnp.float32)
+    np.testing.assert_array_equal(copy.deepcopy(module)(x), module(x))
+    assert (np.asarray(nnx.view(module, deterministic=False)(x, rngs=KEY)) == 0).any()
+    plain = convert_pytnn_to_nnx(nn.Linear(3, 3))
+    plain(x, train=True, rngs=nnx.Rngs(params=0))  # draws nothing
+    with pytest.raises(RandomnessError, match="expected a stream `dropout`"):
+        module(x, train=True, rngs=nnx.Rngs(params=0))
+    copy.deepcopy(convert_pytnn_to_equinox(nn.Linear(3, 3)))(x)

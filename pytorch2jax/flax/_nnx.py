@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -81,14 +82,15 @@ class TorchModule(nnx.Module):
         self.batch_stats = nnx.data(nest(kept, (nnx.BatchStat(leaf_in(state, leaf)) for leaf in kept)))
         self.buffers = nnx.data(nest(others, (Buffer(leaf_in(state, leaf)) for leaf in others)))
         self.deterministic: bool | None = True
-        self.rngs = nnx.data(None if rngs is None else rngs.dropout.fork())
+        self.rngs = nnx.data(None if rngs is None else self._stream(rngs).fork())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         options, kwargs = self.torch_module.split_keywords(kwargs)
         train = options["train"]
         if train == _MODE:
             train = None if self.deterministic is None else not self.deterministic
-        key = self._key(self.rngs if options["rngs"] is None else options["rngs"], train)
+        source = self.rngs if options["rngs"] is None else options["rngs"]
+        key = None if source is None else functools.partial(self._key, source)
         state = self._state()
         out, new_state = self.torch_module.apply(
             _values(self.params), _values(state), args, kwargs, rng=key, train=train, rng_argument="rngs=nnx.Rngs(0)"
@@ -99,18 +101,30 @@ class TorchModule(nnx.Module):
                 variable.set_value(value)
         return out
 
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """For `nnx.view`: the module in train mode (`deterministic=False`) or in eval mode."""
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+    def _stream(self, rngs: nnx.Rngs) -> Any:
+        try:
+            return rngs.dropout
+        except AttributeError:
+            raise RandomnessError(
+                f"{self.torch_module.name}: rngs: expected a stream `dropout`, or a default one, got only "
+                f"{', '.join(rngs)}. Pass `nnx.Rngs(0)` or `nnx.Rngs(dropout=0)`."
+            ) from None
+
     def _state(self) -> dict[str, Any]:
         """All buffers, in one nested dict of variables."""
         leaves = self.torch_module.layout.state
         found = [leaf_in(self.batch_stats, leaf) for leaf in leaves]
         return nest(leaves, (leaf_in(self.buffers, x) if v is None else v for v, x in zip(found, leaves, strict=True)))
 
-    def _key(self, source: Any, train: bool | None) -> Any:
-        """A key from what the caller passed; streams move on only where a model may draw."""
-        if source is None or train is False:
-            return None
+    def _key(self, source: Any) -> Any:
+        """A key from what the caller passed."""
         if isinstance(source, nnx.Rngs):
-            return source.dropout()
+            return self._stream(source)()
         if isinstance(source, nnx.RngStream):
             return source()
         if hasattr(source, "dtype"):
