@@ -679,7 +679,8 @@ def test_checkpointed_dropout_on_a_transposed_tensor():
         return torch.utils.checkpoint.checkpoint(segment, x, use_reentrant=False).sum(1)
 
     x = jnp.cos(jnp.arange(12.0)).reshape(3, 4)
-    ours, theirs = (jax.grad(lambda x, f=torch2jax(f): (f(x, rng=KEY) ** 2).sum())(x) for f in (plain, checkpointed))
+    wrapped = [torch2jax(f) for f in (plain, checkpointed)]
+    ours, theirs = (jax.grad(lambda x, f=f: (f(x, rng=KEY) ** 2).sum())(x) for f in wrapped)
     np.testing.assert_allclose(ours, theirs)
 
 
