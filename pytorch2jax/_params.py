@@ -38,7 +38,6 @@ class Leaf(NamedTuple):
     slots: the places that hold it; the first one gives the path.
     shape, dtype: torch's.
     trainable: `requires_grad`; False for buffers.
-    persistent: whether it is part of the `state_dict`.
     statistic: whether it is one of a batch normalisation's running statistics.
     """
 
@@ -47,7 +46,6 @@ class Leaf(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     trainable: bool
-    persistent: bool
     statistic: bool
 
 
@@ -89,7 +87,6 @@ def _leaves(model: nn.Module, table: Callable[[nn.Module], Mapping[str, Any]]) -
             shape=tuple(tensors[key].shape),
             dtype=tensors[key].dtype,
             trainable=tensors[key].requires_grad,
-            persistent=places[0].name not in owners[key]._non_persistent_buffers_set,
             statistic=isinstance(owners[key], nn.modules.batchnorm._NormBase) and table is _buffers,
         )
         for key, places in slots.items()
