@@ -134,6 +134,7 @@ class Vjp(_Derived):
     """`(x, c) -> c f'(x)`: cotangents of the active inputs for cotangents of some outputs."""
 
     differentiates = True
+    _whole_graph = False  # set where autograd.grad is refused, as by torch.utils.checkpoint(use_reentrant=True)
 
     def __init__(self, base: Program, active: tuple[int, ...], outputs: tuple[int, ...]) -> None:
         super().__init__(base, active, outputs)
@@ -154,6 +155,28 @@ class Vjp(_Derived):
             with torch.set_grad_enabled(around.differentiated):
                 return _conjugated(pull(cotangents))
         keep = torch.is_grad_enabled()  # an outer derivative records: then this one has to be recorded too
+        if self._whole_graph and not keep:
+            return self._pull_through_everything(primals, cotangents, style)
+        try:
+            return self._pull(primals, cotangents, style, keep)
+        except RuntimeError as error:
+            if keep or "incompatible with .grad()" not in str(error):
+                raise
+            self._whole_graph = True
+            return self._pull_through_everything(primals, cotangents, style)
+
+    def _pull_through_everything(self, primals: Tensors, cotangents: Tensors, style: Style) -> Tensors:
+        """By `torch.autograd.backward`, which fills the `grad` of the leaves."""
+        with torch.enable_grad():
+            inputs, outputs = _record(self.base, primals, self.active, self.outputs, style)
+            live = [(o, c.clone()) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+            if live:
+                with self.root.backward(primals):
+                    torch.autograd.backward([o for o, _ in live], [c for _, c in live])
+        return _conjugated(torch.zeros_like(i) if i.grad is None else i.grad for i in inputs)
+
+    def _pull(self, primals: Tensors, cotangents: Tensors, style: Style, keep: bool) -> Tensors:
+        """By `torch.autograd.grad`."""
         with torch.enable_grad():
             inputs, outputs = _record(self.base, primals, self.active, self.outputs, style)
             if keep:

@@ -735,3 +735,25 @@ def test_copies_and_views_of_nnx_modules():
     with pytest.raises(RandomnessError, match="expected a stream `dropout`"):
         module(x, train=True, rngs=nnx.Rngs(params=0))
     copy.deepcopy(convert_pytnn_to_equinox(nn.Linear(3, 3)))(x)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+def test_reentrant_checkpoints_have_a_gradient():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh()).double()
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(self.model, x * 1.0, use_reentrant=True)
+
+    apply, params = convert_pytnn_to_jax(Checkpointed())
+    plain, inner = convert_pytnn_to_jax(model)
+    x = jax.random.normal(KEY, (2, 3))
+    for _ in range(2):
+        gradient = jax.grad(lambda p, x: (apply(p, x) ** 2).sum(), argnums=(0, 1))(params, x)
+        expected = jax.grad(lambda p, x: (plain(p, x) ** 2).sum(), argnums=(0, 1))(inner, x)
+        np.testing.assert_allclose(gradient[1], expected[1])
+        np.testing.assert_allclose(gradient[0]["model"]["0"]["weight"], expected[0]["0"]["weight"])
