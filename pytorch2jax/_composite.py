@@ -52,9 +52,7 @@ def _layer_norm(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> torch.Tensor:
-    dims = tuple(range(-len(normalized_shape), 0))
-    scaled = _normalised(_wide(input), dims, eps)[0]
-    return _affine(scaled, weight, bias, tuple(normalized_shape)).to(input.dtype)
+    return _native_layer_norm(input, normalized_shape, weight, bias, eps)[0]
 
 
 def _functional_batch_norm(
@@ -67,7 +65,7 @@ def _functional_batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> torch.Tensor:
-    return _batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, True)
+    return _batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps)
 
 
 def _batch_norm(
@@ -79,19 +77,22 @@ def _batch_norm(
     training: bool,
     momentum: float,
     eps: float,
-    cudnn_enabled: bool,
+    cudnn_enabled: bool = True,
 ) -> torch.Tensor:
-    shape = (1, -1, *(1,) * (input.dim() - 2))
-    x = _wide(input)
-    if training or running_mean is None or running_var is None:
-        dims = (0, *range(2, input.dim()))
-        scaled, mean, variance = _normalised(x, dims, eps)
-        _update(running_mean, mean, momentum)
-        count = input.numel() // input.shape[1]
-        _update(running_var, variance * (count / max(count - 1, 1)), momentum)
-    else:
-        scaled = (x - running_mean.reshape(shape)) * (running_var.reshape(shape) + eps).rsqrt()
-    return _affine(scaled, weight, bias, shape).to(input.dtype)
+    return _native_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps)[0]
+
+
+def _track(
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    count: int,
+    momentum: float,
+) -> None:
+    """Move the running statistics towards those of a batch; the variance in its unbiased form, over `count`."""
+    _update(running_mean, mean, momentum)
+    _update(running_var, variance * (count / max(count - 1, 1)), momentum)
 
 
 def _update(running: torch.Tensor | None, value: torch.Tensor, momentum: float) -> None:
@@ -109,7 +110,7 @@ def _functional_instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> torch.Tensor:
-    return _instance_norm(input, weight, bias, running_mean, running_var, use_input_stats, momentum, eps, True)
+    return _instance_norm(input, weight, bias, running_mean, running_var, use_input_stats, momentum, eps)
 
 
 def _instance_norm(
@@ -121,15 +122,13 @@ def _instance_norm(
     use_input_stats: bool,
     momentum: float,
     eps: float,
-    cudnn_enabled: bool,
+    cudnn_enabled: bool = True,
 ) -> torch.Tensor:
     if not use_input_stats:
-        return _batch_norm(input, weight, bias, running_mean, running_var, False, momentum, eps, True)
+        return _batch_norm(input, weight, bias, running_mean, running_var, False, momentum, eps)
     dims = tuple(range(2, input.dim()))
     scaled, mean, variance = _normalised(_wide(input), dims, eps)
-    count = input[0, 0].numel()
-    _update(running_mean, mean.mean(0), momentum)
-    _update(running_var, variance.mean(0) * (count / max(count - 1, 1)), momentum)
+    _track(running_mean, running_var, mean.mean(0), variance.mean(0), input[0, 0].numel(), momentum)
     return _affine(scaled, weight, bias, (1, -1, *(1,) * (input.dim() - 2))).to(input.dtype)
 
 
@@ -156,12 +155,17 @@ def _native_batch_norm(
     momentum: float,
     eps: float,
 ) -> tuple[torch.Tensor, ...]:
+    shape = (1, -1, *(1,) * (input.dim() - 2))
     x = _wide(input)
-    out = _batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, True)
-    if not training:
-        return out, x.new_empty(0), x.new_empty(0)
-    _, mean, variance = _normalised(x, (0, *range(2, input.dim())), eps)
-    return out, mean.reshape(-1), (variance + eps).rsqrt().reshape(-1)
+    saved_mean = saved_scale = x.new_empty(0)
+    if training or running_mean is None or running_var is None:
+        scaled, mean, variance = _normalised(x, (0, *range(2, input.dim())), eps)
+        _track(running_mean, running_var, mean, variance, input.numel() // input.shape[1], momentum)
+        if training:
+            saved_mean, saved_scale = mean.reshape(-1), (variance + eps).rsqrt().reshape(-1)
+    else:
+        scaled = (x - running_mean.reshape(shape)) * (running_var.reshape(shape) + eps).rsqrt()
+    return _affine(scaled, weight, bias, shape).to(input.dtype), saved_mean, saved_scale
 
 
 _PLAIN: dict[Callable[..., Any], Callable[..., Any]] = {

@@ -12,7 +12,7 @@ import copy
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -295,16 +295,6 @@ class BoundFunction(RootProgram):
         return self._derived[key]  # type: ignore[return-value]
 
     # -- Program ---------------------------------------------------------------------------------------
-
-    @property
-    def root(self) -> BoundFunction:
-        return self
-
-    def chain(self) -> Iterable[Program]:
-        return (self,)
-
-    def describe(self) -> str:
-        return self.name
 
     def first_time(self, message: str) -> bool:
         new = message not in self._said

@@ -138,22 +138,27 @@ class ConvertedModule:
             ]
         )
 
-    def trained_statistics(self, args: Any, kwargs: Any) -> set[Leaf]:
-        """The buffers that training changes: those that a forward pass in train mode writes to.
+    def split_state(self, call: tuple[Any, Any] | None) -> tuple[list[Leaf], list[Leaf]]:
+        """The buffers that training changes, and the others.
 
-        Found out on fake tensors for these arguments. What normalisations keep counts in any case, also where
-        a forward pass in train mode is not possible on these arguments (a batch of one).
+        Args:
+            call: the args and kwargs of an example call, on which a forward pass in train mode tells what it
+                writes to (on fake tensors), or None. What normalisations keep counts in any case, also where
+                such a pass is not possible (a batch of one).
         """
-        known = {leaf for leaf in self.layout.state if leaf.statistic}
-        if len(known) == len(self.layout.state):
-            return known
-        params, state = self.initial()
+        leaves = self.layout.state
+        statistics = {leaf for leaf in leaves if leaf.statistic}
+        if call is not None and len(statistics) < len(leaves):
+            statistics |= self._written_in_training(*call)
+        return [leaf for leaf in leaves if leaf in statistics], [leaf for leaf in leaves if leaf not in statistics]
+
+    def _written_in_training(self, args: Any, kwargs: Any) -> set[Leaf]:
         try:
-            _, program = self._bind(params, state, args, kwargs, True)
+            _, program = self._bind(*self.initial(), args, kwargs, True)
         except InferenceError:
-            return known
+            return set()
         n_params = len(self.layout.params)
-        return known | {self.layout.state[i - n_params] for i in program.inferred.changed if i >= n_params}
+        return {self.layout.state[i - n_params] for i in program.inferred.changed if i >= n_params}
 
     def _bind(
         self, params: Any, state: Any, args: Any, kwargs: Any, train: bool | None

@@ -21,7 +21,7 @@ from pytorch2jax._composite import CompositeNorms
 from pytorch2jax._errors import LoopWarning, Pytorch2JaxError, UnsupportedTransformError
 from pytorch2jax._inference import Spec
 from pytorch2jax._internals import hold_weakly, set_grad_enabled
-from pytorch2jax._torch_state import TorchState, differentiable_kernels
+from pytorch2jax._torch_state import differentiable_kernels
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -221,9 +221,18 @@ class RootProgram(Program):
     """A program that calls the user's function, and what every program derived from it needs to know."""
 
     name: str
-    state: TorchState
     vmap_randomness: str = "same"
     cuts: bool = False  # torch.no_grad() inside, which torch's forward mode ignores
+
+    @property
+    def root(self) -> RootProgram:
+        return self
+
+    def chain(self) -> Iterable[Program]:
+        return (self,)
+
+    def describe(self) -> str:
+        return self.name
 
     def first_time(self, message: str) -> bool:
         """Whether a message of this kind is new to the user's function."""
@@ -251,7 +260,6 @@ def _is_unsupported(error: Exception) -> bool:
         phrase in text
         for phrase in (
             "not implemented",
-            "does not support",
             "not support",
             "functorch",
             "vmap",

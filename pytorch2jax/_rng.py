@@ -19,8 +19,8 @@ import torch
 from pytorch2jax._errors import RandomnessError
 from pytorch2jax._inference import Spec
 from pytorch2jax._internals import TorchDispatchMode, is_batched
-from pytorch2jax._program import Around, Program, RootProgram, Style, Tensors
-from pytorch2jax._torch_state import GENERATORS, capture_torch_state, forked_generators
+from pytorch2jax._program import Around, RootProgram, Style, Tensors
+from pytorch2jax._torch_state import GENERATORS, forked_generators
 
 
 def seed_from_key(call: str, key: Any) -> jax.Array:
@@ -103,23 +103,11 @@ class SeedDraw(RootProgram):
 
     name = "seed"
     draws_from_torch = True
-    vmap_randomness = "same"
 
     def __init__(self) -> None:
         super().__init__(())
-        self.state = capture_torch_state()
         self.in_specs = ()
         self.out_specs = (Spec((2,), np.dtype("uint32")),)
-
-    @property
-    def root(self) -> SeedDraw:
-        return self
-
-    def chain(self) -> Iterable[Program]:
-        return (self,)
-
-    def describe(self) -> str:
-        return self.name
 
     def session(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()

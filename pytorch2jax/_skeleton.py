@@ -117,12 +117,12 @@ class Skeleton:
 
     def surroundings(self) -> Surroundings:
         return Surroundings(
-            len(self._tables),
-            self._left_behind,
-            self._put_back,
-            self._originals,
-            lambda: self._attribute_tensors,
-            "check the arguments, and that the model runs on them in torch",
+            n_own=len(self._tables),
+            left_behind=self._left_behind,
+            put_back=self._put_back,
+            originals=self._originals,
+            held=lambda: self._attribute_tensors,
+            advice="check the arguments, and that the model runs on them in torch",
         )
 
     def _left_behind(self) -> list[tuple[str, torch.Tensor]]:
@@ -159,10 +159,9 @@ def _other_places(held: Sequence[Held], tensors: Sequence[torch.Tensor]) -> dict
 
 
 def _overrides_mode(module: nn.Module) -> bool:
-    own = isinstance(module, torch.jit.ScriptModule) or (
-        type(module).train is nn.Module.train and type(module).eval is nn.Module.eval
-    )
-    return not own
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
+    return type(module).train is not nn.Module.train or type(module).eval is not nn.Module.eval
 
 
 def _training_flags(module: nn.Module) -> list[tuple[nn.Module, bool]]:
@@ -183,10 +182,11 @@ class _DeepcopyNonLeaves(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.__deepcopy__ and not args[0].is_leaf:
-            if id(args[0]) not in args[1]:
-                args[1][id(args[0])] = args[0].detach().clone()
-                self.copies.append(args[1][id(args[0])])
-            return args[1][id(args[0])]
+            tensor, memo = args
+            if id(tensor) not in memo:
+                self.copies.append(tensor.detach().clone())
+                memo[id(tensor)] = self.copies[-1]
+            return memo[id(tensor)]
         return func(*args, **(kwargs or {}))
 
 

@@ -109,12 +109,8 @@ class _TorchModule(nn.Module):
         params, state = self.torch_module.initial()
         for name, subtree in params.items():
             self.scope.param(name, lambda _, tree=subtree: _copied(tree))
-        leaves = self.torch_module.layout.state
-        statistics = self.torch_module.trained_statistics(args, kwargs)
-        for collection, chosen in (
-            (_STATISTICS, [leaf for leaf in leaves if leaf in statistics]),
-            (_BUFFERS, [leaf for leaf in leaves if leaf not in statistics]),
-        ):
+        statistics, buffers = self.torch_module.split_state((args, kwargs))
+        for collection, chosen in ((_STATISTICS, statistics), (_BUFFERS, buffers)):
             for name, subtree in nest(chosen, (leaf_in(state, leaf) for leaf in chosen)).items():
                 self.scope.variable(collection, name, lambda tree=subtree: _copied(tree))
 

@@ -63,20 +63,16 @@ def convert_pytnn_to_nnx(
         Array([4., 4.], dtype=float32)
     """
     converted = ConvertedModule(model, copy=copy, prefix=prefix, keywords={"train": _MODE, "rngs": None})
-    statistics = {leaf for leaf in converted.layout.state if leaf.statistic}
-    if example_args or example_kw:
-        statistics = converted.trained_statistics(example_args, example_kw or {})
-    return TorchModule(converted, {leaf.path for leaf in statistics}, rngs)
+    example = (example_args, example_kw or {}) if example_args or example_kw else None
+    return TorchModule(converted, example, rngs)
 
 
 class TorchModule(nnx.Module):
     """What `convert_pytnn_to_nnx` returns; see there."""
 
-    def __init__(self, converted: ConvertedModule, statistics: set[Any], rngs: nnx.Rngs | None) -> None:
+    def __init__(self, converted: ConvertedModule, example: tuple[Any, Any] | None, rngs: nnx.Rngs | None) -> None:
+        kept, others = converted.split_state(example)
         params, state = converted.take_initial()
-        leaves = converted.layout.state
-        kept = [leaf for leaf in leaves if leaf.path in statistics]
-        others = [leaf for leaf in leaves if leaf.path not in statistics]
         self.torch_module = converted
         self.params = nnx.data(jax.tree.map(nnx.Param, params))
         self.batch_stats = nnx.data(nest(kept, (nnx.BatchStat(leaf_in(state, leaf)) for leaf in kept)))
