@@ -29,6 +29,7 @@ from pytorch2jax._errors import (
     UnsupportedTransformError,
 )
 from pytorch2jax._module import convert_pytnn_to_jax
+from pytorch2jax._tape import use_tape
 from pytorch2jax._transfer import j2t, t2j
 from pytorch2jax._weights import label_params, load_params, params_to_state_dict, trainable_mask
 from pytorch2jax._wrap import py_to_jax_wrapper, torch2jax
@@ -75,6 +76,7 @@ __all__ = [
     "trainable_mask",
     "tree_j2t",
     "tree_t2j",
+    "use_tape",
 ]
 
 # Names of the adapters, which import frameworks that need not be installed: looked up on first use.

@@ -1,13 +1,14 @@
 """What XLA calls: view its buffers as tensors, run torch, write the outputs.
 
-This file is the only one that knows how a program gets into an XLA computation. It goes through JAX's own
-`jax.experimental.buffer_callback`; a compiled transport would replace `call_in_xla` and nothing else.
+This file is the only one that knows how a program gets into an XLA computation: on the host through `_ffi.py`, on a
+CUDA device through JAX's own `jax.experimental.buffer_callback`, which knows XLA's stream.
 """
 
 from __future__ import annotations
 
 import collections
 import itertools
+import math
 import re
 import threading
 import traceback
@@ -17,26 +18,91 @@ from typing import Any
 import jax
 import torch
 
+from pytorch2jax._dtypes import dtype_j2t
 from pytorch2jax._errors import NarrowingError, Pytorch2JaxError, TorchCallError
+from pytorch2jax._ffi import lower_host_call
+from pytorch2jax._inference import Spec
 from pytorch2jax._internals import ExecutionContext, buffer_callback, tensor_from_capsule
 from pytorch2jax._program import Program
-from pytorch2jax._transfer import fits
+from pytorch2jax._transfer import fits, tensor_at
 
 _INT64 = torch.int64
 _NARROW_INTS = (torch.int32, torch.uint32)
 
 
-def call_in_xla(program: Program, *arrays: Any) -> tuple[Any, ...]:
-    """Stage one run of a program into the XLA computation that is being traced.
+def lower_on_host(context: Any, *operands: Any, program: Program) -> Any:
+    """The lowering rule for CPU: a call of torch on XLA's memory.
 
-    Copies: no input; each output once, into the buffer that XLA has for it.
+    Copies: no input; each output once, into the buffer that XLA has for it, or not at all.
     """
+    call = _HostCall(program)
+    return lower_host_call(context, *operands, function=call, has_side_effect=program.draws_from_torch)
+
+
+class _HostCall:
+    """One program on the host, with tensors over the memory that XLA has used for it."""
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._inputs = [_View(spec) for spec in program.in_specs]
+        self._outputs = [_View(spec) for spec in program.out_specs]
+        self._shared = program.root.shares_tensors
+
+    def __call__(self, inputs: Sequence[int], outputs: Sequence[int]) -> None:
+        program = self._program
+        try:
+            if torch.is_inference_mode_enabled():
+                with torch.inference_mode(False):
+                    return self(inputs, outputs)
+            tensors = [view.at(address) for view, address in zip(self._inputs, inputs, strict=True)]
+            if not self._shared:
+                tensors = [t.detach() for t in tensors]
+            buffers = [view.at(address) for view, address in zip(self._outputs, outputs, strict=True)]
+            _write(program.execute(tensors, buffers), buffers, program)
+        except Exception as error:
+            program.abandon()
+            for view in self._inputs:  # somebody may have written to one
+                view.known.clear()
+            raise RuntimeError(_report(program, error)) from None
+
+
+_KEPT_VIEWS = 16
+
+
+class _View:
+    """Tensors of one shape and dtype over XLA's memory, by address.
+
+    XLA uses the same few addresses from call to call, above all for parameters. A tensor holds nothing but the address,
+    so that it is right for whatever array lies there at the time of a call.
+    """
+
+    __slots__ = ("_bytes", "_dtype", "_shape", "known")
+
+    def __init__(self, spec: Spec) -> None:
+        self.known: dict[int, torch.Tensor] = {}
+        self._shape, self._dtype = spec.shape, dtype_j2t(spec.dtype)
+        self._bytes = math.prod(spec.shape) * self._dtype.itemsize
+
+    def at(self, address: int) -> torch.Tensor:
+        """The tensor at this address."""
+        known = self.known.get(address)
+        if known is not None:
+            return known
+        if len(self.known) >= _KEPT_VIEWS:
+            self.known.clear()
+        tensor = tensor_at(address, self._bytes, self._dtype, self._shape)
+        self.known[address] = tensor
+        return tensor
+
+
+def call_in_xla(program: Program, *arrays: Any) -> tuple[Any, ...]:
+    """The implementation for CUDA, to be lowered: the same through `jax.experimental.buffer_callback`."""
     results = tuple(jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in program.out_specs)
-    callback = buffer_callback(_callback(program), results, has_side_effect=program.draws_from_torch)
+    callback = buffer_callback(_device_call(program), results, has_side_effect=program.draws_from_torch)
     return tuple(callback(*arrays))
 
 
-def _callback(program: Program) -> Callable[..., None]:
+def _device_call(program: Program) -> Callable[..., None]:
     def run(context: ExecutionContext, results: Sequence[Any], *arguments: Any) -> None:
         try:
             if torch.is_inference_mode_enabled():
@@ -44,13 +110,11 @@ def _callback(program: Program) -> Callable[..., None]:
                     return run(context, results, *arguments)
             tensors = [tensor_from_capsule(a.__dlpack__()) for a in arguments]
             buffers = [tensor_from_capsule(r.__dlpack__()) for r in results]
-            if any(t.is_cuda for t in (*tensors[:1], *buffers[:1])):
-                device = (*tensors, *buffers)[0].device
-                with torch.cuda.stream(torch.cuda.ExternalStream(context.stream, device=device)):
-                    _write(program.execute(tensors), buffers, program)
-            else:
-                _write(program.execute(tensors), buffers, program)
+            device = next((t.device for t in (*tensors, *buffers)), None)
+            with torch.cuda.stream(torch.cuda.ExternalStream(context.stream, device=device)):
+                _write(program.execute(tensors, buffers), buffers, program)
         except Exception as error:
+            program.abandon()
             raise RuntimeError(_report(program, error)) from None
 
     return run
@@ -59,6 +123,8 @@ def _callback(program: Program) -> Callable[..., None]:
 def _write(values: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor], program: Program) -> None:
     with torch.no_grad():
         for index, (value, buffer) in enumerate(zip(values, buffers, strict=True)):
+            if value is buffer:
+                continue
             buffer.copy_(value)
             narrowed = buffer.dtype in _NARROW_INTS and value.dtype != buffer.dtype
             # On CUDA the check would make the host wait for the device.

@@ -64,6 +64,9 @@ class TorchCallable(Protocol):
             What the user's function returned, and the values of `own` afterwards.
         """
 
+    def hold(self, own: list[torch.Tensor], variant: Hashable) -> None:
+        """Have `own` in place, as during a call, until `exclusive` ends."""
+
     def exclusive(self) -> contextlib.AbstractContextManager[None]:
         """Keeps other threads out for as long as one evaluation, with its derivatives, takes."""
 
@@ -244,6 +247,7 @@ class BoundFunction(RootProgram):
         self._out_dtypes = tuple(dtype_j2t(spec.dtype) for spec in self.inferred.specs)
         self._needs_grad = self.inferred.needs_grad
         self.cuts = self.inferred.cuts
+        self.shares_tensors = self.inferred.certain and not (self.inferred.marks or self.inferred.retains)
         n_own = len(self._own)
         kept = range(n_own, len(self._tensor_specs)) if self.inferred.retains else ()
         self._copied = tuple(sorted(self.inferred.written.union(kept)))
@@ -307,6 +311,17 @@ class BoundFunction(RootProgram):
         # Not the numbers of the forward over again.
         return seeded(primals[0].flatten() ^ 0x5DEECE66, host=self.inferred.host_random)
 
+    @contextlib.contextmanager
+    def running_again(self, primals: Sequence[torch.Tensor], active: tuple[int, ...]) -> Iterator[None]:
+        n_own = len(self._own)
+        if n_own:
+            leaves = list(primals)
+            for index in active:
+                leaves[index] = primals[index].detach().requires_grad_()
+            with torch.enable_grad():
+                self._callable.hold(self._prepared(leaves)[0][:n_own], self._what.variant)
+        yield
+
     def compiled_calls(self) -> dict[Any, Callable[..., Any]]:
         function = self._function()
         return {} if function is None else function.compiled
@@ -320,16 +335,7 @@ class BoundFunction(RootProgram):
             yield
 
     def run(self, tensors: Sequence[torch.Tensor], style: Style, around: Around) -> Tensors:
-        inputs = list(tensors)
-        seed = inputs.pop(0) if self._seeded else None
-        for index, dtype in self._widened:
-            inputs[index] = inputs[index].to(dtype)
-        if self._n_held:
-            given = self._what.n_given
-            device = inputs[0].device if inputs else self._what.device
-            inputs[given:given] = self._callable.constants(device)[given:]
-        for index in self._copied:  # XLA's buffers are read only
-            inputs[index] = inputs[index].clone()
+        inputs, seed = self._prepared(tensors)
         if seed is not None:
             with seeded(seed, host=self.inferred.host_random):
                 return self._outputs(inputs, *self._call_recording(inputs))
@@ -343,6 +349,20 @@ class BoundFunction(RootProgram):
                 "Let it draw on all values, or pass a key (`rng=`)."
             )
         return outputs
+
+    def _prepared(self, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """What the callable gets for these inputs of the program, and the seed."""
+        inputs = list(tensors)
+        seed = inputs.pop(0) if self._seeded else None
+        for index, dtype in self._widened:
+            inputs[index] = inputs[index].to(dtype)
+        if self._n_held:
+            given = self._what.n_given
+            device = inputs[0].device if inputs else self._what.device
+            inputs[given:given] = self._callable.constants(device)[given:]
+        for index in self._copied:  # XLA's buffers are read only
+            inputs[index] = inputs[index].clone()
+        return inputs, seed
 
     def check_inputs(self, versions: Sequence[int]) -> None:
         """Complain about inputs that were written to though nobody expected it; from now on all are copied."""

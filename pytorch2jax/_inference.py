@@ -54,6 +54,7 @@ class Inferred(NamedTuple):
     certain: whether every call does the same, as far as one can know: False where values decide.
     retains: whether the function keeps its arguments after the call.
     cuts: whether it turns grad mode off inside, which torch's forward mode ignores.
+    marks: whether it does something to tensors as objects: their flags, their gradients, what they point to.
     """
 
     outputs: tuple[TensorSpec, ...]
@@ -67,6 +68,7 @@ class Inferred(NamedTuple):
     certain: bool = True
     retains: bool = False
     cuts: bool = False
+    marks: bool = True
 
 
 # A torch function over flat tensors: returns what the user's function returned, and the values that the
@@ -154,7 +156,7 @@ def _infer_fake(
         if kept:
             _check_not_read(name, call, inputs, device, kept)
     _check_foreign(name, around, tracker)
-    inferred = inferred._replace(cuts=exposure.cuts)
+    inferred = inferred._replace(cuts=exposure.cuts, marks=exposure.marks)
     if exposure.happened:
         inferred = inferred._replace(written=frozenset(range(len(inputs))))
     return _with_host_randomness(inferred, host), tracker
@@ -241,7 +243,7 @@ def _infer_real(
         result, needs_grad = run_without_graph(call, tensors, exposure)
         inferred = _conclude(name, result, tensors, tracker)
     _check_foreign(name, around, tracker)
-    inferred = inferred._replace(cuts=exposure.cuts)
+    inferred = inferred._replace(cuts=exposure.cuts, marks=exposure.marks)
     differing = {i for i, (new, old) in enumerate(zip(tensors, before, strict=True)) if not _same_bits(new, old)}
     # On other values it may write to others of its arguments. Of its own tensors, which are many, only those are
     # copied that this run wrote to; a write to another one is an error at run time.

@@ -14,29 +14,38 @@ import jax.extend.core
 import torch
 import torch.utils._pytree as torch_pytree
 from jax._src import effects, util
+from jax._src.interpreters import partial_eval as pe
 from jax.experimental.buffer_callback import ExecutionContext, buffer_callback
 from jax.interpreters import ad, batching, mlir
+from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import get_gradient_edge as gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "DRAWS_FROM_TORCH",
     "ExecutionContext",
+    "GradientEdge",
     "Primitive",
     "ShapedArray",
     "TorchDispatchMode",
     "ad",
+    "alias_with_storage",
     "batching",
     "buffer_callback",
     "fake_tensor_mode",
     "flatten_torch_node",
+    "gradient_edge",
     "hold_weakly",
     "is_batched",
     "is_torch_node",
     "is_turning_grad_off",
     "jit_disabled",
     "mlir",
+    "pe",
     "set_grad_enabled",
     "set_vmap_fallback",
+    "storage_address",
+    "storage_users",
     "tensor_from_capsule",
     "torch_node_type",
     "torch_pytree",
@@ -103,6 +112,22 @@ def set_vmap_fallback(enabled: bool) -> bool:
     before: bool = torch._C._functorch._is_vmap_fallback_enabled()  # type: ignore[attr-defined]
     torch._C._functorch._set_vmap_fallback_enabled(enabled)  # type: ignore[attr-defined]
     return before
+
+
+def storage_address(tensor: torch.Tensor) -> int:
+    """Where torch keeps the record of a tensor's memory; the same for all views of it."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def alias_with_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor over the same memory that torch takes for the memory's only user, and with versions of its own."""
+    return tensor_from_capsule(torch.utils.dlpack.to_dlpack(tensor))
+
+
+def storage_users(tensor: torch.Tensor) -> int:
+    """How many tensors share the memory of this one, itself included."""
+    count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    return count - 1  # the storage object that has just been made for the question
 
 
 def is_batched(tensor: torch.Tensor) -> bool:

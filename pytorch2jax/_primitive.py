@@ -1,4 +1,4 @@
-"""The primitive `torch_call` and its rules: impl, abstract eval, lowering, jvp, transpose, batching.
+"""The primitive `torch_call` and its rules: impl, abstract eval, lowering, jvp, transpose, batching, dead code.
 
 One primitive serves all orders and modes. Its only parameter is a program; each rule binds the primitive
 again, with a program derived from that one:
@@ -8,7 +8,9 @@ again, with a program derived from that one:
     batching   f  ->  Vmap(f, batch axes)
 
 so that, for example, a Hessian by forward over reverse is `Jvp(Vjp(f))`, and per-example gradients are
-`Vmap(Vjp(f))`, one torch call each.
+`Vmap(Vjp(f))`, one torch call each. At first order, the jvp rule puts the tape in between (`_tape.py`):
+
+    jvp        f  ->  Taped(f, A),  FromTape(Jvp(f, A))
 """
 
 from __future__ import annotations
@@ -20,11 +22,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pytorch2jax._bridge import call_in_xla, original_error
-from pytorch2jax._internals import DRAWS_FROM_TORCH, Primitive, ShapedArray, ad, batching, jit_disabled, mlir
+from pytorch2jax._bridge import call_in_xla, lower_on_host, original_error
+from pytorch2jax._internals import DRAWS_FROM_TORCH, Primitive, ShapedArray, ad, batching, jit_disabled, mlir, pe
 from pytorch2jax._program import Program
-from pytorch2jax._transfer import check_one_device, torch_device
-from pytorch2jax._transforms import Jvp, Vjp, Vmap, inexact_outputs, transposed
+from pytorch2jax._tape import HANDLE, TAPE, FromTape, Taped, number_of
+from pytorch2jax._transfer import check_one_device, j2t, torch_device
+from pytorch2jax._transforms import Derived, Jvp, Vjp, Vmap, inexact_outputs
 
 torch_call_p = Primitive("torch_call")
 torch_call_p.multiple_results = True
@@ -57,6 +60,8 @@ def _impl(*arrays: Any, program: Program) -> list[Any]:
         if outputs and not isinstance(outputs[0], jax.core.Tracer) and torch_device(outputs[0]).type == "cpu":
             # Waiting costs nothing where torch has done its work by then, and shows errors here.
             jax.block_until_ready(outputs)
+            if isinstance(program, Taped):
+                TAPE.release_with(outputs[-1], number_of(j2t(outputs[-1])))
         return outputs
     except (jax.errors.JaxRuntimeError, ValueError) as error:  # which of them depends on jax's dispatch path
         original = original_error(error)
@@ -86,20 +91,31 @@ def _staged(*arrays: Any, program: Program) -> tuple[Any, ...]:
     return call_in_xla(program, *arrays)
 
 
-for _platform in ("cpu", "cuda"):
-    mlir.register_lowering(torch_call_p, mlir.lower_fun(_staged, multiple_results=True), platform=_platform)
+mlir.register_lowering(torch_call_p, lower_on_host, platform="cpu")
+mlir.register_lowering(torch_call_p, mlir.lower_fun(_staged, multiple_results=True), platform="cuda")
 
 
 # -- jvp ------------------------------------------------------------------------------------------------
 
 
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, program: Program) -> tuple[list[Any], list[Any]]:
-    outputs = torch_call(program, *primals)
     active = tuple(i for i, t in enumerate(tangents) if type(t) is not ad.Zero)
-    result = [ad.Zero(jax.typeof(o).to_tangent_aval()) for o in outputs]
     inexact = inexact_outputs(program)
+    handle = []
+    if active and inexact and program.tapeable and TAPE.enabled:
+        # y, handle = f(x); the tangent is a function of x, the handle and dx.
+        *outputs, number = torch_call(program.derive(Taped, active), *primals)
+        handle = [number]
+    else:
+        outputs = torch_call(program, *primals)
+    result = [ad.Zero(jax.typeof(o).to_tangent_aval()) for o in outputs]
     if not active or not inexact:
         return outputs, result
+    if isinstance(program, FromTape):  # derivatives of derivatives do not use the tape
+        primals, tangents = program.without_handle(primals), program.without_handle(tangents)
+        active = tuple(i for i, t in enumerate(tangents) if type(t) is not ad.Zero)
+    if isinstance(program, (Taped, FromTape)):
+        program = program.base
     first_linear = len(primals) - program.n_linear
     if active[0] >= first_linear:
         # f(x, t) linear in t and x constant: the tangent is f(x, dt).
@@ -107,9 +123,12 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, program: Program) -
         tangents_out = torch_call(program, *primals[:first_linear], *linear)
     else:
         # The tangent is f'(x) dx, over the inputs that have a dx.
-        tangents_out = torch_call(program.derive(Jvp, active), *primals, *(tangents[i] for i in active))
-    for index, tangent in zip(inexact, tangents_out, strict=True):
-        result[index] = tangent
+        tangent: Derived = program.derive(Jvp, active)
+        if handle:
+            tangent = tangent.derive(FromTape, program.derive(Taped, active))
+        tangents_out = torch_call(tangent, *primals, *handle, *(tangents[i] for i in active))
+    for index, value in zip(inexact, tangents_out, strict=True):
+        result[index] = value
     return outputs, result
 
 
@@ -135,7 +154,9 @@ def _transpose(cotangents: Sequence[Any], *inputs: Any, program: Program) -> lis
         pulled = torch_call(program.derive(Vjp, wanted, given), *zeros, *given_cotangents)
     else:
         # c f'(x), over the outputs that have a c.
-        pulled = torch_call(transposed(program, wanted, given), *inputs[:first_linear], *given_cotangents)
+        assert isinstance(program, Derived)
+        transposed = program.transposed(tuple(i - first_linear for i in wanted), given)
+        pulled = torch_call(transposed, *inputs[:first_linear], *given_cotangents)
     for index, cotangent in zip(wanted, pulled, strict=True):
         result[index] = cotangent
     return result
@@ -147,11 +168,71 @@ ad.primitive_transposes[torch_call_p] = _transpose
 # -- batching -------------------------------------------------------------------------------------------
 
 
-def _batch(inputs: Sequence[Any], dims: Sequence[Any], *, program: Program) -> tuple[list[Any], list[int]]:
+def _batch(inputs: Sequence[Any], dims: Sequence[Any], *, program: Program) -> tuple[list[Any], list[Any]]:
     in_dims = tuple(dims)  # None: not batched
     size = next(x.shape[d] for x, d in zip(inputs, in_dims, strict=True) if d is not None)
+    if isinstance(program, Taped):
+        return _batch_taped(inputs, in_dims, size, program)
+    if isinstance(program, FromTape):
+        if _keeps_tape(program, in_dims):
+            return _batch_from_tape(inputs, in_dims, size, program)
+        inputs, in_dims = program.without_handle(inputs), tuple(program.without_handle(in_dims))
+        program = program.base
     out_dims = (0,) * len(program.out_specs)
     return torch_call(program.derive(Vmap, in_dims, out_dims, size), *inputs), list(out_dims)
 
 
+# A batch has one graph, if each example has its own value of each active input. Gradients of shared inputs for
+# each example are not gradients of the batched function; they are computed without the tape.
+
+
+def _batch_taped(
+    inputs: Sequence[Any], dims: tuple[int | None, ...], size: int, program: Taped
+) -> tuple[list[Any], list[Any]]:
+    out_dims = (0,) * len(program.base.out_specs)
+    batched: Program = program.base.derive(Vmap, dims, out_dims, size)
+    if any(dims[i] is None for i in program.active):
+        return [*torch_call(batched, *inputs), jnp.zeros(HANDLE.shape, HANDLE.dtype)], [*out_dims, None]
+    return torch_call(batched.derive(Taped, program.active), *inputs), [*out_dims, None]
+
+
+def _keeps_tape(program: FromTape, dims: tuple[int | None, ...]) -> bool:
+    vjp = program.base
+    return isinstance(vjp, Vjp) and dims[program.where] is None and all(dims[i] is not None for i in vjp.active)
+
+
+def _batch_from_tape(
+    inputs: Sequence[Any], dims: tuple[int | None, ...], size: int, program: FromTape
+) -> tuple[list[Any], list[Any]]:
+    vjp, where = program.base, program.where
+    assert isinstance(vjp, Vjp)
+    primal_dims = dims[:where]
+    batched = vjp.base.derive(Vmap, primal_dims, (0,) * len(vjp.base.out_specs), size)
+    cotangents = [
+        jnp.broadcast_to(c, (size, *c.shape)) if d is None else jnp.moveaxis(c, d, 0)
+        for c, d in zip(inputs[where + 1 :], dims[where + 1 :], strict=True)
+    ]
+    pull = batched.derive(Vjp, vjp.active, vjp.outputs)
+    from_tape = pull.derive(FromTape, batched.derive(Taped, program.taped.active))
+    return torch_call(from_tape, *inputs[: where + 1], *cotangents), [primal_dims[i] for i in vjp.active]
+
+
 batching.primitive_batchers[torch_call_p] = _batch
+
+
+# -- dead code ------------------------------------------------------------------------------------------
+
+
+def _drop_unused(used_outputs: list[bool], eqn: Any) -> tuple[list[bool], Any]:
+    """Without a backward pass, as in the forward pass of `jax.checkpoint`, there is nothing to keep a graph for."""
+    program = eqn.params["program"]
+    if program.draws_from_torch:
+        return [True] * len(eqn.invars), eqn
+    if not any(used_outputs):
+        return [False] * len(eqn.invars), None
+    if isinstance(program, Taped) and not used_outputs[-1]:
+        eqn = eqn.replace(params={"program": program.base}, outvars=eqn.outvars[:-1])
+    return [True] * len(eqn.invars), eqn
+
+
+pe.dce_rules[torch_call_p] = _drop_unused

@@ -132,8 +132,17 @@ class Program(abc.ABC):
 
     # -- execution ------------------------------------------------------------------------------------
 
-    def execute(self, tensors: Sequence[torch.Tensor]) -> Tensors:
-        """Evaluate, in the first style that torch supports; which one that is, is remembered."""
+    def abandon(self) -> None:  # noqa: B027
+        """An execution in this thread ended with an error: free what it left for others."""
+
+    def execute(self, tensors: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor] = ()) -> Tensors:
+        """Evaluate, in the first style that torch supports; which one that is, is remembered.
+
+        Args:
+            tensors: the inputs, which may not be written to.
+            buffers: where the caller wants the outputs, if it knows. An output that is computed in place there is
+                the buffer itself; the caller copies the others.
+        """
         with self.root.session():
             recording = torch.is_grad_enabled()
             set_grad_enabled(False)
@@ -177,6 +186,11 @@ class Program(abc.ABC):
     def _order(self) -> int:
         """How many derivatives are taken."""
         return sum(p.differentiates for p in self.chain())
+
+    @functools.cached_property
+    def tapeable(self) -> bool:
+        """Whether a derivative of this program is one of first order, which can use autograd's graph."""
+        return self._order == 0 and not self.draws_from_torch
 
     @functools.cached_property
     def _styles(self) -> list[Style]:
@@ -223,6 +237,7 @@ class RootProgram(Program):
     name: str
     vmap_randomness: str = "same"
     cuts: bool = False  # torch.no_grad() inside, which torch's forward mode ignores
+    shares_tensors: bool = False  # does nothing to its input tensors, as objects, that would outlast a call
 
     @property
     def root(self) -> RootProgram:
@@ -240,6 +255,12 @@ class RootProgram(Program):
 
     def backward(self, primals: Sequence[torch.Tensor]) -> contextlib.AbstractContextManager[None]:
         """What surrounds a backward pass: random numbers in it, too, come from the key."""
+        return contextlib.nullcontext()
+
+    def running_again(
+        self, primals: Sequence[torch.Tensor], active: tuple[int, ...]
+    ) -> contextlib.AbstractContextManager[None]:
+        """What surrounds a backward pass without its forward: `torch.utils.checkpoint` runs parts of it again."""
         return contextlib.nullcontext()
 
     def compiled_calls(self) -> dict[Any, Callable[..., Any]]:

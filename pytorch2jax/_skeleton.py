@@ -61,12 +61,15 @@ class Skeleton:
     def __call__(
         self, own: list[torch.Tensor], variant: Hashable, args: Any, kwargs: Any
     ) -> tuple[Any, list[torch.Tensor]]:
+        self.hold(own, variant)
+        out = self._module(*args, **kwargs)
+        return out, [tables[0][0][tables[0][1]] for tables in self._tables]
+
+    def hold(self, own: list[torch.Tensor], variant: Hashable) -> None:
         for tables, tensor in zip(self._tables, own, strict=True):
             for table, name in tables:
                 table[name] = tensor
         self._set_mode(variant)
-        out = self._module(*args, **kwargs)
-        return out, [tables[0][0][tables[0][1]] for tables in self._tables]
 
     def _set_mode(self, train: Any) -> None:
         if self._overrides and train is not None:

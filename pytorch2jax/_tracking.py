@@ -184,18 +184,41 @@ def _draws_nothing(func: Any, args: Any, kwargs: Any) -> bool:
 
 
 class Exposure(TorchFunctionMode):
-    """Notices when memory is handed to code that torch cannot watch, and when grad mode is turned off."""
+    """Notices what operators do not show.
+
+    happened: memory is handed to code that torch cannot watch.
+    cuts: grad mode is turned off.
+    marks: something is done to tensors as objects: their flags, their gradients, what they point to.
+    """
 
     _EXPOSING = frozenset({torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.data_ptr, torch.Tensor.__dlpack__})
+    _MARKING = frozenset(
+        {
+            torch.Tensor.requires_grad_,
+            torch.Tensor.requires_grad.__set__,
+            torch.Tensor.data.__set__,
+            torch.Tensor.grad.__get__,
+            torch.Tensor.grad.__set__,
+            torch.Tensor.backward,
+            torch.Tensor.register_hook,
+            torch.Tensor.retain_grad,
+            torch.Tensor.set_,
+            torch.Tensor.resize_,
+            torch.Tensor.resize_as_,
+        }
+    )
 
     def __init__(self) -> None:
         super().__init__()
         self.happened = False
         self.cuts = False
+        self.marks = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self._EXPOSING:
             self.happened = True
+        if func in self._MARKING:
+            self.marks = True
         if is_turning_grad_off(func, args):
             self.cuts = True
         return func(*args, **(kwargs or {}))

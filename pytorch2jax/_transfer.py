@@ -8,6 +8,7 @@ made from an array: pass `copy=True` where that can happen. The functions in `_b
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -126,6 +127,14 @@ def as_array(call: str, path: Callable[[], str], value: Any) -> Any:
             raise NarrowingError(_narrowing_message(f"{call}: {path()}", value.dtype.name))
         return jnp.asarray(narrow)
     raise LeafTypeError(f"{call}: {path()}: expected an array, got {type(value).__name__}.")
+
+
+def tensor_at(address: int, n_bytes: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    """A contiguous tensor over memory of the host, which somebody else owns."""
+    if n_bytes == 0:
+        return torch.empty(shape, dtype=dtype)
+    flat = torch.frombuffer((ctypes.c_char * n_bytes).from_address(address), dtype=dtype)
+    return flat if len(shape) == 1 else flat.view(shape)
 
 
 def check_one_device(call: str, path: str, array: jax.Array) -> None:

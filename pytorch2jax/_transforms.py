@@ -12,6 +12,7 @@ torch takes the adjoint, and `transpose(c) = conj(adjoint(conj(c)))`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -20,15 +21,18 @@ import torch
 from pytorch2jax._dtypes import dtype_j2t, is_inexact
 from pytorch2jax._errors import UnsupportedTransformError
 from pytorch2jax._inference import Spec
+from pytorch2jax._internals import GradientEdge
 from pytorch2jax._program import Around, Batching, Program, RootProgram, Style, Tensors
 from pytorch2jax._torch_state import vmap_fallback
 
 _INSIDE = Around(functional=True, differentiated=True)
-_RECORDED = Around(functional=False, differentiated=True)
+RECORDED = Around(functional=False, differentiated=True)
 
 
-class _Derived(Program):
+class Derived(Program):
     """A program made from another one."""
+
+    base: Program
 
     def __init__(self, base: Program, *arguments: Any) -> None:
         super().__init__((base, *arguments))
@@ -44,6 +48,19 @@ class _Derived(Program):
 
     def describe(self) -> str:
         return f"{type(self).__name__.lower()}({self.base.describe()})"
+
+    def transposed(self, positions: tuple[int, ...], given: tuple[int, ...]) -> Derived:
+        """The transpose of a linear program.
+
+        Args:
+            positions: which of its last `n_linear` inputs are unknown, counted from the first of these.
+            given: the outputs that have a cotangent.
+
+        Returns:
+            A program from the non-linear inputs and one cotangent for each of `given` to the cotangents of the
+            unknown inputs; linear in the cotangents.
+        """
+        raise NotImplementedError(f"{self.describe()} is not linear")
 
     _checked = False
 
@@ -79,7 +96,7 @@ def inexact_outputs(program: Program) -> tuple[int, ...]:
     return tuple(i for i, spec in enumerate(program.out_specs) if is_inexact(spec.dtype) and i not in program.constant)
 
 
-class Jvp(_Derived):
+class Jvp(Derived):
     """`(x, t) -> f'(x) t`: tangents of the inexact outputs for tangents of the active inputs."""
 
     differentiates = True
@@ -92,6 +109,10 @@ class Jvp(_Derived):
         self.in_specs = base.in_specs + tuple(base.in_specs[i] for i in active)
         self.out_specs = tuple(base.out_specs[i] for i in self.outputs)
         self.n_linear = len(active)
+
+    def transposed(self, positions: tuple[int, ...], given: tuple[int, ...]) -> Derived:
+        active = tuple(self.active[p] for p in positions)
+        return self.base.derive(Vjp, active, tuple(self.outputs[i] for i in given))
 
     def run(self, tensors: Sequence[torch.Tensor], style: Style, around: Around) -> Tensors:
         primals, tangents = _split(tensors, len(self.base.in_specs))
@@ -122,15 +143,15 @@ class Jvp(_Derived):
         """The same through plain autograd."""
         keep = torch.is_grad_enabled()
         with torch.enable_grad():
-            inputs, outputs = _record(self.base, primals, self.active, self.outputs, style)
+            inputs, outputs = _recorded(self, primals, style)
             duals = tuple(_any_direction(o).requires_grad_() for o in outputs)
             with self.root.backward(primals):
-                pulled = _gradients(outputs, inputs, duals, create_graph=True)
+                pulled = gradients(outputs, inputs, duals, create_graph=True)
                 self._check_recorded(pulled, duals)
-                return _gradients(pulled, duals, tangents, create_graph=keep)
+                return gradients(pulled, duals, tangents, create_graph=keep)
 
 
-class Vjp(_Derived):
+class Vjp(Derived):
     """`(x, c) -> c f'(x)`: cotangents of the active inputs for cotangents of some outputs."""
 
     differentiates = True
@@ -144,16 +165,21 @@ class Vjp(_Derived):
         self.out_specs = tuple(base.in_specs[i] for i in active)
         self.n_linear = len(outputs)
 
+    def transposed(self, positions: tuple[int, ...], given: tuple[int, ...]) -> Derived:
+        tangent = self.base.derive(Jvp, tuple(self.active[i] for i in given))
+        kept = tuple(tangent.outputs.index(self.outputs[p]) for p in positions)
+        return tangent if kept == tuple(range(len(tangent.outputs))) else tangent.derive(Select, kept)
+
     def run(self, tensors: Sequence[torch.Tensor], style: Style, around: Around) -> Tensors:
         primals, cotangents = _split(tensors, len(self.base.in_specs))
-        cotangents = _conjugated(cotangents)
+        cotangents = conjugated(cotangents)
         if around.functional:
             call = _restricted(self.base, primals, self.active, self.outputs, style, _INSIDE)
             inputs = tuple(primals[i] for i in self.active)
             pull = torch.func.vjp(call, *inputs)[1]
             # Some backward formulas (of det and solve) are differentiable in grad mode only.
             with torch.set_grad_enabled(around.differentiated):
-                return _conjugated(pull(cotangents))
+                return conjugated(pull(cotangents))
         keep = torch.is_grad_enabled()  # an outer derivative records: then this one has to be recorded too
         if self._whole_graph and not keep:
             return self._pull_through_everything(primals, cotangents, style)
@@ -168,29 +194,29 @@ class Vjp(_Derived):
     def _pull_through_everything(self, primals: Tensors, cotangents: Tensors, style: Style) -> Tensors:
         """By `torch.autograd.backward`, which fills the `grad` of the leaves."""
         with torch.enable_grad():
-            inputs, outputs = _record(self.base, primals, self.active, self.outputs, style)
+            inputs, outputs = _recorded(self, primals, style)
             live = [(o, c.clone()) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
             if live:
                 with self.root.backward(primals):
                     torch.autograd.backward([o for o, _ in live], [c for _, c in live])
-        return _conjugated(torch.zeros_like(i) if i.grad is None else i.grad for i in inputs)
+        return conjugated(torch.zeros_like(i) if i.grad is None else i.grad for i in inputs)
 
     def _pull(self, primals: Tensors, cotangents: Tensors, style: Style, keep: bool) -> Tensors:
         """By `torch.autograd.grad`."""
         with torch.enable_grad():
-            inputs, outputs = _record(self.base, primals, self.active, self.outputs, style)
+            inputs, outputs = _recorded(self, primals, style)
             if keep:
                 cotangents = tuple(c if c.requires_grad else c.detach().requires_grad_() for c in cotangents)
             else:  # a backward may write to what it is given, and these are XLA's
                 cotangents = tuple(c.clone() for c in cotangents)
             with self.root.backward(primals):
-                pulled = _gradients(outputs, inputs, cotangents, create_graph=keep)
+                pulled = gradients(outputs, inputs, cotangents, create_graph=keep)
                 if keep:
                     self._check_recorded(pulled, cotangents)
-            return _conjugated(pulled)
+            return conjugated(pulled)
 
 
-class Vmap(_Derived):
+class Vmap(Derived):
     """A program over a batch axis.
 
     in_dims: for each input its batch axis, or None.
@@ -217,6 +243,13 @@ class Vmap(_Derived):
         if dim is None:
             return spec
         return Spec((*spec.shape[:dim], self.size, *spec.shape[dim:]), spec.dtype)
+
+    def transposed(self, positions: tuple[int, ...], given: tuple[int, ...]) -> Derived:
+        assert isinstance(self.base, Derived)
+        base = self.base.transposed(positions, given)
+        first = len(self.in_specs) - self.n_linear
+        in_dims = (*self.in_dims[:first], *(self.out_dims[i] for i in given))
+        return base.derive(Vmap, in_dims, tuple(self.in_dims[first + p] for p in positions), self.size)
 
     def run(self, tensors: Sequence[torch.Tensor], style: Style, around: Around) -> Tensors:
         if self.size == 0:
@@ -248,37 +281,7 @@ class Vmap(_Derived):
         )
 
 
-def transposed(program: Program, wanted: tuple[int, ...], given: tuple[int, ...]) -> Program:
-    """The transpose of a linear program.
-
-    Args:
-        program: linear in its last `n_linear` inputs.
-        wanted: which of those inputs are unknown (indices into all inputs).
-        given: the outputs that have a cotangent.
-
-    Returns:
-        A program from the non-linear inputs of `program` and one cotangent for each of `given` to the
-        cotangents of `wanted`; linear in the cotangents.
-    """
-    first = len(program.in_specs) - program.n_linear
-    positions = tuple(i - first for i in wanted)
-    if isinstance(program, Jvp):
-        active = tuple(program.active[p] for p in positions)
-        return program.base.derive(Vjp, active, tuple(program.outputs[i] for i in given))
-    if isinstance(program, Vjp):
-        tangent = program.base.derive(Jvp, tuple(program.active[i] for i in given))
-        kept = tuple(tangent.outputs.index(program.outputs[p]) for p in positions)
-        return tangent if kept == tuple(range(len(tangent.outputs))) else tangent.derive(Select, kept)
-    if isinstance(program, Select):
-        return transposed(program.base, wanted, tuple(program.kept[i] for i in given))
-    assert isinstance(program, Vmap)
-    base = transposed(program.base, wanted, given)
-    in_dims = (*program.in_dims[:first], *(program.out_dims[i] for i in given))
-    out_dims = tuple(program.in_dims[i] for i in wanted)
-    return base.derive(Vmap, in_dims, out_dims, program.size)
-
-
-class Select(_Derived):
+class Select(Derived):
     """Some of the outputs of a program."""
 
     def __init__(self, base: Program, kept: tuple[int, ...]) -> None:
@@ -287,6 +290,10 @@ class Select(_Derived):
         self.in_specs = base.in_specs
         self.out_specs = tuple(base.out_specs[i] for i in kept)
         self.n_linear = base.n_linear
+
+    def transposed(self, positions: tuple[int, ...], given: tuple[int, ...]) -> Derived:
+        assert isinstance(self.base, Derived)
+        return self.base.transposed(positions, tuple(self.kept[i] for i in given))
 
     def run(self, tensors: Sequence[torch.Tensor], style: Style, around: Around) -> Tensors:
         outputs = self.base.run(tensors, style, around)
@@ -297,7 +304,7 @@ def _split(tensors: Sequence[torch.Tensor], index: int) -> tuple[Tensors, Tensor
     return tuple(tensors[:index]), tuple(tensors[index:])
 
 
-def _conjugated(tensors: Iterable[torch.Tensor]) -> Tensors:
+def conjugated(tensors: Iterable[torch.Tensor]) -> Tensors:
     return tuple(t.conj() if t.is_complex() else t for t in tensors)
 
 
@@ -321,14 +328,21 @@ def _restricted(
     return call
 
 
-def _record(
-    program: Program, primals: Tensors, active: tuple[int, ...], outputs: tuple[int, ...], style: Style
+def recorded(
+    program: Program, primals: Sequence[torch.Tensor], active: tuple[int, ...], style: Style
 ) -> tuple[Tensors, Tensors]:
-    """Run under autograd: the active inputs as nodes of the graph, and the chosen outputs."""
-    inputs = tuple(
-        p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in (primals[i] for i in active)
-    )
-    return inputs, _restricted(program, primals, active, outputs, style, _RECORDED)(*inputs)
+    """Run under autograd: the active inputs as nodes of the graph, and the outputs."""
+    arguments = list(primals)
+    for index in active:
+        primal = primals[index]
+        arguments[index] = primal.view_as(primal) if primal.requires_grad else primal.detach().requires_grad_()
+    return tuple(arguments[i] for i in active), program.run(arguments, style, RECORDED)
+
+
+def _recorded(program: Jvp | Vjp, primals: Tensors, style: Style) -> tuple[Tensors, Tensors]:
+    """The active inputs and the chosen outputs of a derivative's base, as nodes of one graph."""
+    inputs, outputs = recorded(program.base, primals, program.active, style)
+    return inputs, tuple(outputs[i] for i in program.outputs)
 
 
 def _any_direction(like: torch.Tensor) -> torch.Tensor:
@@ -337,12 +351,50 @@ def _any_direction(like: torch.Tensor) -> torch.Tensor:
     return torch.cos(numbers).reshape(like.shape).to(like.dtype)
 
 
-def _gradients(outputs: Tensors, inputs: Tensors, cotangents: Sequence[torch.Tensor], *, create_graph: bool) -> Tensors:
-    """`torch.autograd.grad` with zeros where nothing depends on anything."""
-    live = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+def gradients(
+    outputs: Sequence[torch.Tensor | GradientEdge | None],
+    inputs: Sequence[torch.Tensor],
+    cotangents: Sequence[torch.Tensor],
+    *,
+    create_graph: bool = False,
+    buffers: Sequence[torch.Tensor] = (),
+) -> Tensors:
+    """`torch.autograd.grad` with zeros where nothing depends on anything.
+
+    Args:
+        outputs: tensors or places in the graph; None for what depends on nothing.
+        inputs: what to differentiate with respect to.
+        cotangents: one for each output.
+        create_graph: record the backward pass, too.
+        buffers: where the caller wants the gradients. A large one is copied there as soon as torch has computed it,
+            while it is in the processor's cache; then its memory is free for the next one, and the buffer is returned.
+    """
+    live = [
+        (o, c)
+        for o, c in zip(outputs, cotangents, strict=True)
+        if o is not None and (not isinstance(o, torch.Tensor) or o.requires_grad)
+    ]
     if not live:
         return tuple(torch.zeros_like(i) for i in inputs)
-    found = torch.autograd.grad(
-        [o for o, _ in live], inputs, [c for _, c in live], create_graph=create_graph, allow_unused=True
-    )
+    placed: dict[int, torch.Tensor] = {}
+    for index, (leaf, buffer) in enumerate(zip(inputs, buffers, strict=False)):
+        if leaf.nbytes >= _LARGE and not leaf.is_complex():
+            leaf.register_hook(functools.partial(_place, placed, index, buffer))
+    where: list[Any] = [o for o, _ in live]
+    found = torch.autograd.grad(where, inputs, [c for _, c in live], create_graph=create_graph, allow_unused=True)
+    found = tuple(placed.get(index, g) for index, g in enumerate(found))
     return tuple(torch.zeros_like(i) if g is None else g for g, i in zip(found, inputs, strict=True))
+
+
+_LARGE = 1 << 18  # bytes; below, a hook costs more than it saves
+
+
+def _place(
+    placed: dict[int, torch.Tensor], index: int, buffer: torch.Tensor, gradient: torch.Tensor
+) -> torch.Tensor | None:
+    """A hook: puts a gradient into a buffer, and something without memory in its place."""
+    if gradient.layout != torch.strided:
+        return None
+    with torch.no_grad():
+        placed[index] = buffer.copy_(gradient)
+    return torch.zeros((), dtype=gradient.dtype, device=gradient.device).expand(gradient.shape)

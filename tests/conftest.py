@@ -6,6 +6,11 @@ import jax
 import pytest
 import torch
 
+from pytorch2jax import use_tape
+
+# Files whose tests are about derivatives: each test runs with the tape and without it.
+BOTH_WAYS = ("test_transforms", "test_orders", "test_batching", "test_control_flow", "test_models", "test_random")
+
 jax.config.update("jax_enable_x64", True)
 
 
@@ -13,6 +18,18 @@ jax.config.update("jax_enable_x64", True)
 def x32():
     """JAX as it comes, without 64-bit dtypes."""
     with jax.enable_x64(False):
+        yield
+
+
+def pytest_generate_tests(metafunc):
+    if metafunc.module.__name__ in BOTH_WAYS:
+        metafunc.fixturenames.append("_tape")
+        metafunc.parametrize("_tape", [True, False], ids=["tape", "recomputed"], indirect=True)
+
+
+@pytest.fixture
+def _tape(request):
+    with use_tape(request.param):
         yield
 
 

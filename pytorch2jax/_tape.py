@@ -1,0 +1,365 @@
+"""The tape: autograd's graph, kept from a differentiated forward pass for its backward pass.
+
+Reverse mode without it runs the forward pass twice: once for the value, and once more to have a graph. With it,
+JAX's jvp rule binds `Taped(f)` for `f`, which keeps the graph and returns its number as one more output; the
+backward pass gets the number and all the inputs (`FromTape(Vjp(f))`), and asks that graph.
+
+The tape is a cache. An entry is used once; entries are bounded in number and bytes; where one is gone, where it
+belongs to another call, or where torch refuses to use it, the inputs are there to compute everything again.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from pytorch2jax._inference import Spec
+from pytorch2jax._internals import GradientEdge, alias_with_storage, gradient_edge, storage_address, storage_users
+from pytorch2jax._program import Around, Program, Style, Tensors
+from pytorch2jax._transforms import RECORDED, Derived, Vjp, conjugated, gradients, inexact_outputs, recorded
+
+HANDLE = Spec((2,), np.dtype("uint32"))
+"""What a number on the tape looks like in JAX, with and without 64-bit dtypes; zero is none."""
+
+_MAX_ENTRIES = 4096
+_FEW_ENTRIES = 8  # of one program, until one is missed: so many graphs stay where backward passes never come
+_MEMORY_SHARE = 4  # saved tensors may take up a quarter of the memory
+
+
+class use_tape:  # noqa: N801
+    """Turn the tape on or off, from now on or in a `with` block.
+
+    With the tape, which is on by default, a gradient costs what torch's costs, because the forward pass runs once.
+    Torch then keeps what it saved in the forward pass until the backward pass. Without it the backward pass runs
+    the forward pass again. The numbers are the same. The environment variable `PYTORCH2JAX_TAPE=0` turns it off
+    from the start.
+
+    The setting counts when a program runs and when JAX traces. A program that was traced with the tape on asks
+    for one forward pass more than necessary when it runs with it off.
+
+    Args:
+        enabled: whether to use the tape, in all threads.
+
+    Example:
+        >>> with use_tape(False):
+        ...     pass
+    """
+
+    def __init__(self, enabled: bool) -> None:
+        self._before = TAPE.enabled
+        TAPE.enabled = enabled
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        TAPE.enabled = self._before
+
+
+class Entry:
+    """The graph of one forward pass.
+
+    program: what ran.
+    inputs: the active inputs, as leaves of the graph.
+    outputs: where in the graph each inexact output is; None for one that does not depend on `inputs`.
+    addresses: where each input was in memory; autograd may have saved views of that memory.
+    sources: the inputs, if hooks saw what autograd saved: views of inputs are saved by their place in `operands`.
+    """
+
+    __slots__ = ("__weakref__", "addresses", "handle", "inputs", "operands", "outputs", "program", "size", "sources")
+
+    def __init__(self, program: Taped) -> None:
+        self.program = program
+        self.inputs: Tensors = ()
+        self.outputs: tuple[GradientEdge | None, ...] = ()
+        self.addresses: tuple[int, ...] = ()
+        self.operands: Sequence[torch.Tensor] = ()
+        self.sources: Sequence[torch.Tensor] = ()
+        self.size = 0
+        self.handle: Any = None
+
+    def fits(self, primals: Sequence[torch.Tensor]) -> bool:
+        """Whether everything that autograd saved is still what it was.
+
+        An operand of the backward pass has the value that it had in the forward pass. If it also has the same
+        address, then all views of it are good, whoever holds them. Without views it may be anywhere.
+        """
+        moved = [i for i, p in enumerate(primals) if p.data_ptr() != self.addresses[i]]
+        return not moved or (bool(self.sources) and not any(map(self._has_views, moved)))
+
+    def _has_views(self, index: int) -> bool:
+        """Whether somebody holds views of an input besides autograd: a hand-written backward, a checkpoint."""
+        return storage_users(self.sources[index]) > 1 + (index in self.program.active)
+
+
+class Tape:
+    """The graphs that are kept, by number."""
+
+    def __init__(self) -> None:
+        self.enabled = os.environ.get("PYTORCH2JAX_TAPE", "1") != "0"
+        self.last = threading.local()
+        self._entries: collections.OrderedDict[int, Entry] = collections.OrderedDict()
+        self._evicted: collections.deque[int] = collections.deque(maxlen=_MAX_ENTRIES)
+        self._lock = threading.Lock()
+        self._bytes = 0
+        # Numbers do not begin anew in each process: a handle that went to another one finds nothing there.
+        self._number = int.from_bytes(os.urandom(7), "little")
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def keep(self, entry: Entry) -> int:
+        """Store an entry; the oldest ones go where there are too many."""
+        gone = []
+        with self._lock:
+            self._number += 1
+            number = self._number
+            self._entries[number] = entry
+            self._bytes += entry.size
+            kept = entry.program.kept
+            kept.append(number)
+            while len(kept) > entry.program.limit:
+                gone.append(self._evict(kept[0]))
+            limit = _memory_limit(entry)
+            while len(self._entries) > 1 and (len(self._entries) > _MAX_ENTRIES or self._bytes > limit):
+                gone.append(self._evict(next(iter(self._entries))))
+        self.last.number = number
+        return number
+
+    def take(self, number: int) -> Entry | None:
+        """Remove an entry and return it, or None if it is not there any more."""
+        with self._lock:
+            return self._pop(number) if number in self._entries else None
+
+    def missed(self, number: int, program: Taped) -> None:
+        """A backward pass of this program found nothing; if that was for lack of room, make more."""
+        with self._lock:
+            if number in self._evicted:
+                program.limit = min(program.limit + 1, _MAX_ENTRIES)
+
+    def _evict(self, number: int) -> Entry:
+        self._evicted.append(number)
+        return self._pop(number)
+
+    def _pop(self, number: int) -> Entry:
+        entry = self._entries.pop(number)
+        self._bytes -= entry.size
+        entry.program.kept.remove(number)
+        return entry
+
+    def drop_last(self) -> None:
+        """Remove what the current thread stored last, if it is still there."""
+        number = getattr(self.last, "number", 0)
+        if number:
+            self.take(number)
+
+    def release_with(self, handle: Any, number: int) -> None:
+        """Remove an entry when the array that holds its number is gone."""
+        with self._lock:
+            entry = self._entries.get(number)
+        if entry is not None:
+            entry.handle = weakref.ref(handle, lambda _: self.take(number) and None)
+
+    def clear(self) -> None:
+        """Remove all entries."""
+        with self._lock:
+            gone = [self._pop(number) for number in list(self._entries)]
+        del gone
+
+
+TAPE = Tape()
+
+
+def _memory_limit(entry: Entry) -> int:
+    device = entry.inputs[0].device
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory) // _MEMORY_SHARE
+    return _HOST_MEMORY // _MEMORY_SHARE
+
+
+_HOST_MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def handle_of(number: int) -> torch.Tensor:
+    """A number as `HANDLE`."""
+    return torch.tensor([number & 0xFFFFFFFF, number >> 32], dtype=torch.uint32)
+
+
+def number_of(handle: torch.Tensor) -> int:
+    """The number in a handle. On CUDA this waits for the forward pass."""
+    low, high = handle.tolist()
+    return low | high << 32
+
+
+class Taped(Derived):
+    """`x -> (f(x), handle)`: keeps autograd's graph with respect to the active inputs."""
+
+    differentiates = True
+
+    def __init__(self, base: Program, active: tuple[int, ...]) -> None:
+        super().__init__(base, active)
+        self.active = active
+        self.outputs = inexact_outputs(base)
+        self.in_specs = base.in_specs
+        self.out_specs = (*base.out_specs, HANDLE)
+        self.constant = base.constant
+        self.kept: collections.deque[int] = collections.deque()  # the numbers of its graphs on the tape
+        self.limit = _FEW_ENTRIES  # as many as a scan has steps, after the first one
+        self.useless = False  # torch cannot use its graphs
+        # What autograd saves of the inputs is found by address at first, which costs nothing; once the inputs of a
+        # backward pass were somewhere else, as in a scan, by hooks.
+        self.hooks = False
+        self._hookable = True
+        self._size: int | None = None
+
+    def run(self, tensors: Sequence[torch.Tensor], style: Style, around: Around) -> Tensors:
+        if self.useless or not TAPE.enabled:
+            return (*self.base.run(tensors, style, around), handle_of(0))
+        entry = Entry(self)
+        entry.addresses = tuple(t.data_ptr() for t in tensors)
+        with torch.enable_grad():
+            results = self._record(entry, tensors, style)
+        entry.size = self._size or 0
+        entry.outputs = tuple(_edge(results[i]) for i in self.outputs)
+        self.root.check_inputs([t._version for t in entry.sources or tensors])
+        return (*results, handle_of(TAPE.keep(entry)))
+
+    def _record(self, entry: Entry, tensors: Sequence[torch.Tensor], style: Style) -> Tensors:
+        if self._hookable and (self.hooks or self._size is None):
+            try:
+                return self._record_with_hooks(entry, tensors, style)
+            except RuntimeError as error:
+                if "saved tensor hooks" not in str(error):
+                    raise
+                self._hookable = False  # the function calls torch.func.grad and the like
+        entry.inputs, results = recorded(self.base, tensors, self.active, style)
+        return results
+
+    def _record_with_hooks(self, entry: Entry, tensors: Sequence[torch.Tensor], style: Style) -> Tensors:
+        sources = list(map(alias_with_storage, tensors))
+        saving = _Saving(entry, sources)
+        leaves = {i: sources[i].detach().requires_grad_() for i in self.active}
+        entry.operands = tensors  # the function may differentiate inside
+        # It gets views, not the leaves, whose holders could not be counted.
+        views = [leaves[i].view_as(leaves[i]) if i in leaves else t.detach() for i, t in enumerate(sources)]
+        with torch.autograd.graph.saved_tensors_hooks(saving.pack, saving.unpack):
+            results = self.base.run(views, style, RECORDED)
+        entry.operands, entry.inputs, entry.sources = (), tuple(leaves.values()), sources
+        self._size = sum(saving.sizes.values())
+        return results
+
+    def abandon(self) -> None:
+        TAPE.drop_last()
+
+
+def _edge(output: torch.Tensor) -> GradientEdge | None:
+    return gradient_edge(output) if output.requires_grad else None
+
+
+class _View(NamedTuple):
+    """A view of an input, without its memory."""
+
+    operand: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class _Saving:
+    """Hooks that keep addresses in memory out of what autograd saves: views of inputs are saved as `_View`."""
+
+    def __init__(self, entry: Entry, tensors: Sequence[torch.Tensor]) -> None:
+        self._entry = weakref.ref(entry)  # the graph that holds these hooks is the entry's
+        self._inputs = {storage_address(t): (i, t.dtype) for i, t in enumerate(tensors) if t.numel()}
+        self.sizes: dict[int, int] = {}  # of storages that autograd holds besides the inputs
+
+    def pack(self, tensor: torch.Tensor) -> Any:
+        address = storage_address(tensor)
+        index, dtype = self._inputs.get(address, (None, None))
+        if index is None or tensor.dtype != dtype or tensor.is_conj() or tensor.is_neg():
+            self.sizes[address] = tensor.untyped_storage().nbytes()
+            # Detached: an output that is saved for its own node would hold itself. Torch attaches it again.
+            return tensor.detach(), tensor._version
+        return _View(index, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+
+    def unpack(self, packed: Any) -> torch.Tensor:
+        if isinstance(packed, _View):
+            entry = self._entry()
+            assert entry is not None
+            operand = entry.operands[packed.operand].detach()
+            return operand.as_strided(packed.size, packed.stride, packed.offset)
+        tensor: torch.Tensor = packed[0]
+        if tensor._version != packed[1]:  # torch looks only where there are no hooks
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation"
+            )
+        return tensor
+
+
+class FromTape(Derived):
+    """A derivative `d(x, c)` of `f` as `(x, handle, c)`: reads the graph of `Taped(f)` where it can, else runs `d`."""
+
+    base: Derived
+
+    def __init__(self, base: Derived, taped: Taped) -> None:
+        super().__init__(base, taped)
+        self.taped = taped
+        self.where = len(taped.in_specs)  # the handle among the inputs
+        self.in_specs = (*base.in_specs[: self.where], HANDLE, *base.in_specs[self.where :])
+        self.out_specs = base.out_specs
+        self.n_linear = base.n_linear
+
+    def without_handle(self, inputs: Sequence[Any]) -> list[Any]:
+        """The inputs of the derivative itself."""
+        return [*inputs[: self.where], *inputs[self.where + 1 :]]
+
+    def transposed(self, positions: tuple[int, ...], given: tuple[int, ...]) -> Derived:
+        return self.base.transposed(positions, given).derive(FromTape, self.taped)
+
+    def execute(self, tensors: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor] = ()) -> Tensors:
+        number = number_of(tensors[self.where])
+        entry = TAPE.take(number)
+        inputs = self.without_handle(tensors)
+        if isinstance(self.base, Vjp):
+            if entry is None:
+                TAPE.missed(number, self.taped)
+            elif entry.program is self.taped:
+                primals = inputs[: self.where]
+                if not entry.fits(primals):
+                    self.taped.hooks = True
+                else:
+                    pulled = self._pull(entry, primals, inputs[self.where :], buffers)
+                    if pulled is not None:
+                        return pulled
+            del entry
+        return self.base.execute(inputs, buffers)
+
+    def _pull(
+        self,
+        entry: Entry,
+        primals: list[torch.Tensor],
+        cotangents: list[torch.Tensor],
+        buffers: Sequence[torch.Tensor],
+    ) -> Tensors | None:
+        assert isinstance(self.base, Vjp)
+        entry.operands = primals
+        outputs = [entry.outputs[self.taped.outputs.index(i)] for i in self.base.outputs]
+        inputs = [entry.inputs[self.taped.active.index(i)] for i in self.base.active]
+        # A backward may write to what it is given, and these are XLA's.
+        given = [c.conj().clone() if c.is_complex() else c.clone() for c in cotangents]
+        try:
+            with self.root.session(), self.root.running_again(primals, self.base.active), self.root.backward(primals):
+                return conjugated(gradients(outputs, inputs, given, buffers=buffers))
+        except Exception:  # whatever it is: the computation without the tape meets it, too, or does without
+            self.taped.useless = True
+            return None
+
+    def run(self, tensors: Sequence[torch.Tensor], style: Style, around: Around) -> Tensors:
+        return self.base.run(self.without_handle(tensors), style, around)
