@@ -27,6 +27,11 @@ class Arguments(NamedTuple):
         """The address of the array with this number, for messages."""
         return _argument_path(self.treedef, self.positions[number])
 
+    def are_plain(self) -> bool:
+        """Whether they are arrays given by position, and nothing else."""
+        everything = range(len(self.positions))
+        return self.treedef == jax.tree.structure((tuple(everything), {}))
+
     def key(self) -> Hashable:
         return (self.treedef, self.positions, tuple(map(static_key, self.leaves)))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import itertools
 import math
+import operator
 import re
 import threading
 import traceback
@@ -19,15 +20,12 @@ import jax
 import torch
 
 from pytorch2jax._dtypes import dtype_j2t
-from pytorch2jax._errors import NarrowingError, Pytorch2JaxError, TorchCallError
+from pytorch2jax._errors import Pytorch2JaxError, TorchCallError
 from pytorch2jax._ffi import lower_host_call
 from pytorch2jax._inference import Spec
-from pytorch2jax._internals import ExecutionContext, buffer_callback, tensor_from_capsule
+from pytorch2jax._internals import ExecutionContext, buffer_callback, set_grad_enabled, tensor_from_capsule
 from pytorch2jax._program import Program
-from pytorch2jax._transfer import fits, tensor_at
-
-_INT64 = torch.int64
-_NARROW_INTS = (torch.int32, torch.uint32)
+from pytorch2jax._transfer import tensor_at
 
 
 def lower_on_host(context: Any, *operands: Any, program: Program) -> Any:
@@ -44,54 +42,53 @@ class _HostCall:
 
     def __init__(self, program: Program) -> None:
         self._program = program
-        self._inputs = [_View(spec) for spec in program.in_specs]
-        self._outputs = [_View(spec) for spec in program.out_specs]
-        self._shared = program.root.shares_tensors
+        self._inputs = [_Views(spec) for spec in program.in_specs]
+        self._outputs = [_Views(spec) for spec in program.out_specs]
+        self._shares_tensors = program.root.shares_tensors
 
     def __call__(self, inputs: Sequence[int], outputs: Sequence[int]) -> None:
         program = self._program
+        recording = torch.is_grad_enabled()
         try:
             if torch.is_inference_mode_enabled():
                 with torch.inference_mode(False):
                     return self(inputs, outputs)
-            tensors = [view.at(address) for view, address in zip(self._inputs, inputs, strict=True)]
-            if not self._shared:
+            if recording:
+                set_grad_enabled(False)
+            tensors = [*map(operator.getitem, self._inputs, inputs)]
+            if not self._shares_tensors:
                 tensors = [t.detach() for t in tensors]
-            buffers = [view.at(address) for view, address in zip(self._outputs, outputs, strict=True)]
-            _write(program.execute(tensors, buffers), buffers, program)
+            buffers = [*map(operator.getitem, self._outputs, outputs)]
+            program.deliver(tensors, buffers)
         except Exception as error:
             program.abandon()
-            for view in self._inputs:  # somebody may have written to one
-                view.known.clear()
+            for views in self._inputs:  # somebody may have written to one
+                views.clear()
             raise RuntimeError(_report(program, error)) from None
+        finally:
+            if recording:
+                set_grad_enabled(True)
 
 
 _KEPT_VIEWS = 16
 
 
-class _View:
+class _Views(dict[int, torch.Tensor]):
     """Tensors of one shape and dtype over XLA's memory, by address.
 
     XLA uses the same few addresses from call to call, above all for parameters. A tensor holds nothing but the address,
     so that it is right for whatever array lies there at the time of a call.
     """
 
-    __slots__ = ("_bytes", "_dtype", "_shape", "known")
-
     def __init__(self, spec: Spec) -> None:
-        self.known: dict[int, torch.Tensor] = {}
+        super().__init__()
         self._shape, self._dtype = spec.shape, dtype_j2t(spec.dtype)
         self._bytes = math.prod(spec.shape) * self._dtype.itemsize
 
-    def at(self, address: int) -> torch.Tensor:
-        """The tensor at this address."""
-        known = self.known.get(address)
-        if known is not None:
-            return known
-        if len(self.known) >= _KEPT_VIEWS:
-            self.known.clear()
-        tensor = tensor_at(address, self._bytes, self._dtype, self._shape)
-        self.known[address] = tensor
+    def __missing__(self, address: int) -> torch.Tensor:
+        if len(self) >= _KEPT_VIEWS:
+            self.clear()
+        self[address] = tensor = tensor_at(address, self._bytes, self._dtype, self._shape)
         return tensor
 
 
@@ -111,29 +108,13 @@ def _device_call(program: Program) -> Callable[..., None]:
             tensors = [tensor_from_capsule(a.__dlpack__()) for a in arguments]
             buffers = [tensor_from_capsule(r.__dlpack__()) for r in results]
             device = next((t.device for t in (*tensors, *buffers)), None)
-            with torch.cuda.stream(torch.cuda.ExternalStream(context.stream, device=device)):
-                _write(program.execute(tensors, buffers), buffers, program)
+            with torch.no_grad(), torch.cuda.stream(torch.cuda.ExternalStream(context.stream, device=device)):
+                program.deliver(tensors, buffers)
         except Exception as error:
             program.abandon()
             raise RuntimeError(_report(program, error)) from None
 
     return run
-
-
-def _write(values: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor], program: Program) -> None:
-    with torch.no_grad():
-        for index, (value, buffer) in enumerate(zip(values, buffers, strict=True)):
-            if value is buffer:
-                continue
-            buffer.copy_(value)
-            narrowed = buffer.dtype in _NARROW_INTS and value.dtype != buffer.dtype
-            # On CUDA the check would make the host wait for the device.
-            if narrowed and not value.is_cuda and not fits(buffer, value):
-                raise NarrowingError(
-                    f"{program.describe()}: output {index}: expected values that fit into {buffer.dtype}, "
-                    f"because jax_enable_x64 is off, and got larger ones in a tensor of {value.dtype}. Call "
-                    "`jax.config.update('jax_enable_x64', True)`, or return smaller values."
-                )
 
 
 # -- errors ---------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ the call frame, whose layout is fixed by the C API (`xla/ffi/api/c_api.h` in jax
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import struct
 import weakref
@@ -29,25 +30,9 @@ _METADATA_EXTENSION = 1
 # types, args); XLA_FFI_Rets (the same); XLA_FFI_Attrs (struct_size, extension, size, types, names, attrs).
 _FRAME = struct.Struct("@8xPP16x 16xq8xP 16xq8xP 40xP")
 _DATA_OFFSET = 24  # of `data` in XLA_FFI_Buffer
-_ATTRIBUTE_OFFSET = 8  # of `value` in XLA_FFI_Scalar
+_VALUE_OFFSET = 8  # of `value` in XLA_FFI_Scalar
 _ERROR_CREATE_OFFSET = 48  # of XLA_FFI_Error_Create in XLA_FFI_Api
 _FrameBytes = ctypes.c_char * _FRAME.size
-
-_functions: weakref.WeakValueDictionary[int, _Registered] = weakref.WeakValueDictionary()
-_numbers = itertools.count(1)
-
-
-class _Registered:
-    """A function that compiled programs call; alive as long as one of them is."""
-
-    def __init__(self, function: HostFunction) -> None:
-        self.function = function
-        self.number = next(_numbers)
-        _functions[self.number] = self
-
-    def __call__(self, *args: Any) -> None:
-        """XLA holds this among its host callbacks, to keep it alive, and does not call it."""
-        raise NotImplementedError
 
 
 class _ErrorArguments(ctypes.Structure):
@@ -94,37 +79,61 @@ def _describe(extension: int) -> None:
         metadata.traits = 0
 
 
+_functions: dict[int, HostFunction] = {}
+_numbers = itertools.count(1)
+
+
+class _Lease:
+    """Keeps a function for the handler to find; held by the executables that call it."""
+
+    def __init__(self, function: HostFunction) -> None:
+        self.number = next(_numbers)
+        _functions[self.number] = function
+        weakref.finalize(self, _functions.pop, self.number)
+
+    def __call__(self, *args: Any) -> None:
+        raise NotImplementedError("XLA calls the handler, which looks the function up by its number")
+
+
 def _handle(frame: int) -> int | None:
     api = 0
     try:
         extension, api, n_in, inputs, n_out, outputs, attributes = _FRAME.unpack(_FrameBytes.from_address(frame))
         if extension:
             _describe(extension)
-            return None
-        number = _read(_read(_read(attributes) + _ATTRIBUTE_OFFSET))
-        _functions[number].function(_addresses(inputs, n_in), _addresses(outputs, n_out))
+        else:
+            number = _word_at(_word_at(_word_at(attributes).value + _VALUE_OFFSET).value).value
+            _functions[number](_addresses(inputs, n_in), _addresses(outputs, n_out))
         return None
     except BaseException as error:
         return _error(api, str(error))
 
 
-def _read(address: int) -> int:
-    return ctypes.c_size_t.from_address(address).value
+_HANDLER = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(_handle)
+
+
+@functools.cache
+def _register() -> None:
+    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(_HANDLER), platform="cpu")
+
+
+_word_at = ctypes.c_size_t.from_address
 
 
 def _addresses(table: int, n: int) -> list[int]:
     """Where the data of `n` arrays is, from a table of pointers to XLA_FFI_Buffer."""
-    if n == 0:
-        return []
+    if n <= _FEW:
+        return [_word_at(_word_at(table + 8 * i).value + _DATA_OFFSET).value for i in range(n)]
     pointers: list[int] = (ctypes.c_size_t * n).from_address(table)[:]
-    first = pointers[0]
-    if n > 4:
+    first, stride = pointers[0], pointers[1] - pointers[0]
+    if stride > 0 and stride % 8 == 0 and pointers == [*range(first, first + n * stride, stride)]:
         # XLA has them one after the other: then they are read at once.
-        stride = pointers[1] - first
-        if stride > 0 and stride % 8 == 0 and pointers == [*range(first, first + n * stride, stride)]:
-            words = (n - 1) * stride // 8 + 1
-            return (ctypes.c_size_t * words).from_address(first + _DATA_OFFSET)[:: stride // 8]
-    return [_read(pointer + _DATA_OFFSET) for pointer in pointers]
+        words = (n - 1) * stride // 8 + 1
+        return (ctypes.c_size_t * words).from_address(first + _DATA_OFFSET)[:: stride // 8]
+    return [_word_at(pointer + _DATA_OFFSET).value for pointer in pointers]
+
+
+_FEW = 4
 
 
 _CREATE_ERROR = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(_ErrorArguments))
@@ -132,28 +141,17 @@ _CREATE_ERROR = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(_ErrorArguments
 
 def _error(api: int, message: str) -> int | None:
     arguments = _ErrorArguments(ctypes.sizeof(_ErrorArguments), None, message.encode(), _INTERNAL_ERROR)
-    create = _CREATE_ERROR(_read(api + _ERROR_CREATE_OFFSET))
+    create = _CREATE_ERROR(_word_at(api + _ERROR_CREATE_OFFSET).value)
     error: int | None = create(ctypes.byref(arguments))
     return error
-
-
-_HANDLER = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(_handle)
-_registered = False
-
-
-def _register() -> None:
-    global _registered
-    if not _registered:
-        jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(_HANDLER), platform="cpu")
-        _registered = True
 
 
 def lower_host_call(context: Any, *operands: Any, function: HostFunction, has_side_effect: bool) -> Any:
     """Lower an operation to a call of `function` on the host, in a lowering rule."""
     _register()
-    call = _Registered(function)
-    # Keeps it alive as long as the executable, and the executable out of JAX's persistent cache: in another
+    lease = _Lease(function)
+    # Among the host callbacks of a program it also keeps the executable out of JAX's persistent cache: in another
     # process its number means nothing.
-    context.module_context.add_host_callback(call)
+    context.module_context.add_host_callback(lease)
     rule = jax.ffi.ffi_lowering(_TARGET, has_side_effect=has_side_effect)
-    return rule(context, *operands, function=np.uint64(call.number))
+    return rule(context, *operands, function=np.uint64(lease.number))

@@ -10,6 +10,7 @@ import collections
 import contextlib
 import copy
 import functools
+import operator
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -63,6 +64,9 @@ class TorchCallable(Protocol):
         Returns:
             What the user's function returned, and the values of `own` afterwards.
         """
+
+    def plain_function(self) -> Callable[..., Any] | None:
+        """The user's function itself, if a call is nothing else than a call of it."""
 
     def hold(self, own: list[torch.Tensor], variant: Hashable) -> None:
         """Have `own` in place, as during a call, until `exclusive` ends."""
@@ -170,6 +174,7 @@ class TorchFunction:
 
 
 _KEPT_PROGRAMS = 256
+_VERSION = operator.attrgetter("_version")
 
 
 class _Call(NamedTuple):
@@ -208,6 +213,7 @@ class BoundFunction(RootProgram):
         self.name = function.name
         self.state = call.state
         self._what = call
+        self._plain = call.arguments.are_plain()
         self._seeded = False
         self.in_specs = specs
         self._set_dtypes()
@@ -251,6 +257,7 @@ class BoundFunction(RootProgram):
         n_own = len(self._own)
         kept = range(n_own, len(self._tensor_specs)) if self.inferred.retains else ()
         self._copied = tuple(sorted(self.inferred.written.union(kept)))
+        self._straight = self._find_straight()
         self.out_specs = self.inferred.specs
         first_state = len(self.out_specs) - len(self.inferred.changed)
         self.constant = frozenset(range(first_state, len(self.out_specs)))
@@ -293,6 +300,7 @@ class BoundFunction(RootProgram):
             program = copy.copy(self)
             Program.__init__(program, (*self._key, *key))
             program._seeded = True
+            program._straight = None
             program.vmap_randomness = "same" if shared else "different"
             program.in_specs = (Spec((size,), np.dtype("uint32")), *self.in_specs)
             self._derived[key] = program
@@ -334,6 +342,26 @@ class BoundFunction(RootProgram):
         with self._callable.exclusive(), self.state.applied():
             yield
 
+    def deliver(self, tensors: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor]) -> None:
+        # Small calls: most of the time of a call of one small operation would go into finding out that there is nothing
+        # to do around it.
+        if self._straight is None or not self.state.is_current():
+            return super().deliver(tensors, buffers)
+        out, buffer = self._straight(*tensors), buffers[0]
+        if type(out) is not torch.Tensor or out.dtype is not buffer.dtype or out.shape != buffer.shape:
+            self._outputs(list(tensors), out, [])  # says what is wrong
+        if any(map(_VERSION, tensors)):
+            self.check_inputs(tensors)
+        buffer.copy_(out)
+
+    def _find_straight(self) -> Callable[..., Any] | None:
+        """The user's function, where nothing happens between it and JAX: the same inputs, one output."""
+        inferred = self.inferred
+        converts = self._seeded or self._widened or self._n_held or self._copied or not self._plain
+        special = not inferred.certain or inferred.needs_grad is not False or inferred.tree.kind != "leaf"
+        special = special or self._out_dtypes[0] is not inferred.outputs[0].dtype
+        return None if converts or special else self._callable.plain_function()
+
     def run(self, tensors: Sequence[torch.Tensor], style: Style, around: Around) -> Tensors:
         inputs, seed = self._prepared(tensors)
         if seed is not None:
@@ -364,11 +392,12 @@ class BoundFunction(RootProgram):
             inputs[index] = inputs[index].clone()
         return inputs, seed
 
-    def check_inputs(self, versions: Sequence[int]) -> None:
+    def check_inputs(self, tensors: Sequence[torch.Tensor]) -> None:
         """Complain about inputs that were written to though nobody expected it; from now on all are copied."""
-        if any(versions):
+        if any(map(_VERSION, tensors)):
             self._copied = tuple(range(len(self._tensor_specs)))
-            first = next(i for i, version in enumerate(versions) if version)
+            self._straight = None
+            first = next(i for i, tensor in enumerate(tensors) if tensor._version)
             raise StateError(
                 f"{self.name}: wrote to an input in place (input {first}), which it did not when it was traced: the "
                 "JAX array has changed. From now on its inputs are copied first. "
@@ -387,6 +416,8 @@ class BoundFunction(RootProgram):
 
     def _call(self, inputs: list[torch.Tensor]) -> tuple[Any, list[torch.Tensor]]:
         arguments, n_own = self._what.arguments, len(self._own)
+        if self._plain:
+            return self._callable(inputs[:n_own], self._what.variant, inputs[n_own:], {})
         leaves = list(arguments.leaves)
         for position, tensor in zip(arguments.positions, inputs[n_own:], strict=True):
             leaves[position] = tensor
@@ -394,15 +425,16 @@ class BoundFunction(RootProgram):
         return self._callable(inputs[:n_own], self._what.variant, args, kwargs)
 
     def _outputs(self, inputs: list[torch.Tensor], out: Any, after: list[torch.Tensor]) -> Tensors:
-        if isinstance(out, torch.Tensor) and self.inferred.tree.kind == "leaf":
+        inferred = self.inferred
+        if isinstance(out, torch.Tensor) and inferred.tree.kind == "leaf":
             leaves = [out]
         else:
             leaves, tree = flatten_output(out, is_output_leaf)
             self._check_structure(tree)
         if after:
             self._check_unchanged(inputs, after)
-        leaves += [after[i] for i in self.inferred.changed]
-        return tuple(map(self._output, leaves, self.inferred.outputs, self._out_dtypes))
+        leaves += [after[i] for i in inferred.changed]
+        return tuple(map(self._output, leaves, inferred.outputs, self._out_dtypes))
 
     def _check_unchanged(self, inputs: list[torch.Tensor], after: list[torch.Tensor]) -> None:
         for index, (new, old) in enumerate(zip(after, inputs, strict=False)):

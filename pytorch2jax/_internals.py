@@ -36,7 +36,9 @@ __all__ = [
     "flatten_torch_node",
     "gradient_edge",
     "hold_weakly",
+    "is_any_autocast_enabled",
     "is_batched",
+    "is_deterministic",
     "is_torch_node",
     "is_turning_grad_off",
     "jit_disabled",
@@ -76,6 +78,8 @@ effects.lowerable_effects.add_type(DrawsFromTorch)
 effects.control_flow_allowed_effects.add_type(DrawsFromTorch)
 
 # `torch.no_grad()` takes a microsecond, which is a tenth of a small call.
+is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
+is_deterministic: Callable[[], bool] = torch._C._get_deterministic_algorithms
 set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
 
 

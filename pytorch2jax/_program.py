@@ -18,10 +18,11 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 
 from pytorch2jax._composite import CompositeNorms
-from pytorch2jax._errors import LoopWarning, Pytorch2JaxError, UnsupportedTransformError
+from pytorch2jax._errors import LoopWarning, NarrowingError, Pytorch2JaxError, UnsupportedTransformError
 from pytorch2jax._inference import Spec
-from pytorch2jax._internals import hold_weakly, set_grad_enabled
+from pytorch2jax._internals import hold_weakly
 from pytorch2jax._torch_state import differentiable_kernels
+from pytorch2jax._transfer import fits
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -67,6 +68,8 @@ class Around(NamedTuple):
 
 
 _Derived = TypeVar("_Derived", bound="Program")
+
+_NARROW_INTS = (torch.int32, torch.uint32)
 
 
 class Program(abc.ABC):
@@ -135,8 +138,30 @@ class Program(abc.ABC):
     def abandon(self) -> None:  # noqa: B027
         """An execution in this thread ended with an error: free what it left for others."""
 
+    def deliver(self, tensors: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor]) -> None:
+        """Evaluate, and put the outputs into buffers; arguments as those of `execute`.
+
+        Raises:
+            NarrowingError: an integer does not fit into what JAX has for it.
+        """
+        for index, (value, buffer) in enumerate(zip(self.execute(tensors, buffers), buffers, strict=True)):
+            if value is buffer:
+                continue
+            buffer.copy_(value)
+            if value.dtype is buffer.dtype or buffer.dtype not in _NARROW_INTS:
+                continue
+            # On CUDA the check would make the host wait for the device.
+            if not value.is_cuda and not fits(buffer, value):
+                raise NarrowingError(
+                    f"{self.describe()}: output {index}: expected values that fit into {buffer.dtype}, "
+                    f"because jax_enable_x64 is off, and got larger ones in a tensor of {value.dtype}. Call "
+                    "`jax.config.update('jax_enable_x64', True)`, or return smaller values."
+                )
+
     def execute(self, tensors: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor] = ()) -> Tensors:
         """Evaluate, in the first style that torch supports; which one that is, is remembered.
+
+        The caller has turned grad mode off.
 
         Args:
             tensors: the inputs, which may not be written to.
@@ -144,13 +169,8 @@ class Program(abc.ABC):
                 the buffer itself; the caller copies the others.
         """
         with self.root.session():
-            recording = torch.is_grad_enabled()
-            set_grad_enabled(False)
-            try:
-                result = self._climb(tensors)
-            finally:
-                set_grad_enabled(recording)
-        self.root.check_inputs([t._version for t in tensors])
+            result = self._climb(tensors)
+        self.root.check_inputs(tensors)
         return result
 
     def _climb(self, tensors: Sequence[torch.Tensor]) -> Tensors:
@@ -173,7 +193,7 @@ class Program(abc.ABC):
         raise self._failure(failures)
 
     def _run_in(self, tensors: Sequence[torch.Tensor], style: Style) -> Tensors:
-        if style.fused and self._order < 2:
+        if style.fused and self._order <= 1:
             return self.run(tensors, style, Around())
         with contextlib.ExitStack() as stack:
             if not style.fused:
@@ -267,7 +287,7 @@ class RootProgram(Program):
         """Where compiled calls outside of jit are kept, for this program and those derived from it."""
         return {}
 
-    def check_inputs(self, versions: Sequence[int]) -> None:
+    def check_inputs(self, tensors: Sequence[torch.Tensor]) -> None:
         """Look at the version counters of the inputs after a call: they count writes in place."""
 
     @abc.abstractmethod

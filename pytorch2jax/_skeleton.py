@@ -65,6 +65,9 @@ class Skeleton:
         out = self._module(*args, **kwargs)
         return out, [tables[0][0][tables[0][1]] for tables in self._tables]
 
+    def plain_function(self) -> None:
+        return None
+
     def hold(self, own: list[torch.Tensor], variant: Hashable) -> None:
         for tables, tensor in zip(self._tables, own, strict=True):
             for table, name in tables:

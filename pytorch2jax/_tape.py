@@ -228,7 +228,7 @@ class Taped(Derived):
             results = self._record(entry, tensors, style)
         entry.size = self._size or 0
         entry.outputs = tuple(_edge(results[i]) for i in self.outputs)
-        self.root.check_inputs([t._version for t in entry.sources or tensors])
+        self.root.check_inputs(entry.sources or tensors)
         return (*results, handle_of(TAPE.keep(entry)))
 
     def _record(self, entry: Entry, tensors: Sequence[torch.Tensor], style: Style) -> Tensors:

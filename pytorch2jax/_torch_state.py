@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pytorch2jax._internals import set_vmap_fallback
+from pytorch2jax._internals import is_any_autocast_enabled, is_deterministic, set_vmap_fallback
 
 _DEVICE_TYPES = ("cpu", "cuda")
 
@@ -30,12 +30,15 @@ class TorchState(NamedTuple):
 
     def is_current(self) -> bool:
         """Whether the calling thread has this state already."""
-        for device_type, (enabled, dtype) in zip(_DEVICE_TYPES, self.autocast, strict=True):
-            if torch.is_autocast_enabled(device_type) is not enabled:
-                return False
-            if enabled and torch.get_autocast_dtype(device_type) is not dtype:
-                return False
-        return torch.get_default_dtype() is self.default_dtype and self.deterministic == _deterministic()
+        if is_any_autocast_enabled() or self.autocast[0][0] or self.autocast[1][0]:
+            for device_type, (enabled, dtype) in zip(_DEVICE_TYPES, self.autocast, strict=True):
+                if torch.is_autocast_enabled(device_type) is not enabled:
+                    return False
+                if enabled and torch.get_autocast_dtype(device_type) is not dtype:
+                    return False
+        return torch.get_default_dtype() is self.default_dtype and (
+            self.deterministic == _deterministic() if is_deterministic() else not self.deterministic[0]
+        )
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

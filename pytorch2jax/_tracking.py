@@ -194,11 +194,9 @@ class Exposure(TorchFunctionMode):
     _EXPOSING = frozenset({torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.data_ptr, torch.Tensor.__dlpack__})
     _MARKING = frozenset(
         {
+            *(vars(torch._C.TensorBase)[name].__set__ for name in ("requires_grad", "data", "grad")),
+            vars(torch._C.TensorBase)["grad"].__get__,
             torch.Tensor.requires_grad_,
-            torch.Tensor.requires_grad.__set__,
-            torch.Tensor.data.__set__,
-            torch.Tensor.grad.__get__,
-            torch.Tensor.grad.__set__,
             torch.Tensor.backward,
             torch.Tensor.register_hook,
             torch.Tensor.retain_grad,

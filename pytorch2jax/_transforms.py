@@ -37,10 +37,11 @@ class Derived(Program):
     def __init__(self, base: Program, *arguments: Any) -> None:
         super().__init__((base, *arguments))
         self.base = base
+        self._root = base.root
 
     @property
     def root(self) -> RootProgram:
-        return self.base.root
+        return self._root
 
     def chain(self) -> Iterable[Program]:
         yield self

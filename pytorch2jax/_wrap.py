@@ -139,6 +139,9 @@ class _PlainCall:
     ) -> tuple[Any, list[torch.Tensor]]:
         return self.fn(*args, **kwargs), own
 
+    def plain_function(self) -> Callable[..., Any]:
+        return self.fn
+
     def hold(self, own: list[torch.Tensor], variant: Hashable) -> None:
         pass
 
