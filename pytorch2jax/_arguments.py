@@ -22,6 +22,7 @@ class Arguments(NamedTuple):
     leaves: tuple[Any, ...]  # static values, and None in the place of arrays
     positions: tuple[int, ...]  # where the arrays were
     arrays: list[Any]
+    key: Hashable  # equal for arguments that differ in nothing but their arrays
 
     def path(self, number: int) -> str:
         """The address of the array with this number, for messages."""
@@ -32,9 +33,6 @@ class Arguments(NamedTuple):
         everything = range(len(self.positions))
         return self.treedef == jax.tree.structure((tuple(everything), {}))
 
-    def key(self) -> Hashable:
-        return (self.treedef, self.positions, tuple(map(static_key, self.leaves)))
-
 
 def take_apart(call: str, args: Any, kwargs: Any) -> Arguments:
     """Split the arguments of a call into arrays and static values.
@@ -42,18 +40,36 @@ def take_apart(call: str, args: Any, kwargs: Any) -> Arguments:
     Raises:
         LeafTypeError: a leaf is neither an array nor a hashable Python value.
     """
+    if not kwargs and all(isinstance(arg, jax.Array) for arg in args):
+        return _plain(len(args))._replace(arrays=list(args))
     leaves, treedef = jax.tree.flatten((args, kwargs))
     positions: list[int] = []
     arrays: list[Any] = []
     for index, leaf in enumerate(leaves):
-        path = functools.partial(_argument_path, treedef, index)
-        if isinstance(leaf, jax.Array) or not is_static(leaf):
-            positions.append(index)
-            arrays.append(as_array(call, path, leaf))
-            leaves[index] = None
+        if isinstance(leaf, jax.Array):
+            array = leaf
         else:
-            leaves[index] = _static(call, path, leaf)
-    return Arguments(treedef, tuple(leaves), tuple(positions), arrays)
+            path = functools.partial(_argument_path, treedef, index)
+            if is_static(leaf):
+                leaves[index] = _static(call, path, leaf)
+                continue
+            array = as_array(call, path, leaf)
+        positions.append(index)
+        arrays.append(array)
+        leaves[index] = None
+    return _arguments(treedef, leaves, positions, arrays)
+
+
+@functools.lru_cache(maxsize=256)
+def _plain(n: int) -> Arguments:
+    """`n` arrays, given by position, without the arrays."""
+    treedef = jax.tree.structure((tuple(range(n)), {}))
+    return _arguments(treedef, [None] * n, list(range(n)), [])
+
+
+def _arguments(treedef: Any, leaves: list[Any], positions: list[int], arrays: list[Any]) -> Arguments:
+    key = (treedef, tuple(positions), tuple(map(static_key, leaves)))
+    return Arguments(treedef, tuple(leaves), tuple(positions), arrays, key)
 
 
 def _argument_path(treedef: Any, index: int) -> str:

@@ -147,8 +147,13 @@ def original_error(error: Exception) -> Exception | None:
         return None
     with _errors_lock:
         original = _errors.pop(int(found[1]), None)
-    if original is None or isinstance(original, Pytorch2JaxError):
-        return original
-    wrapped = TorchCallError(f"{type(original).__name__}: {original}")
-    wrapped.__cause__ = original
+    return None if original is None else torch_call_error(original)
+
+
+def torch_call_error(error: Exception) -> Exception:
+    """An exception as users see it: the library's own, or a `TorchCallError` with its cause."""
+    if isinstance(error, Pytorch2JaxError):
+        return error
+    wrapped = TorchCallError(f"{type(error).__name__}: {error}")
+    wrapped.__cause__ = error
     return wrapped

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from pytorch2jax._arguments import Arguments
+from pytorch2jax._destination import IntoBuffer, Maker, out_variant
 from pytorch2jax._dtypes import dtype_j2t, narrowed
 from pytorch2jax._errors import (
     DtypeError,
@@ -127,6 +128,7 @@ class TorchFunction:
         self.said: set[str] = set()
         self.compiled: dict[Any, Callable[..., Any]] = {}  # of programs that ran outside of jit
         self._bound: collections.OrderedDict[Hashable, BoundFunction] = collections.OrderedDict()
+        self._recent: dict[Hashable, BoundFunction] = {}  # the same by what JAX knows of arrays, which is at hand
         self._lock = threading.RLock()  # a torch function may call the JAX function that it is
 
     def bind(
@@ -152,16 +154,29 @@ class TorchFunction:
             InferenceError: the function fails on inputs of these specs.
             StateError: it changes a tensor of its own that is not among `own`.
         """
-        specs = tuple(spec_of(x) for x in (*own, *arguments.arrays))
-        x64 = x64_enabled()
+        arrays = [*own, *arguments.arrays]
+        avals = tuple([x.aval if isinstance(x, jax.Array) else spec_of(x) for x in arrays])
         state = capture_torch_state()
-        device = _device(*own, *arguments.arrays)
-        key = (arguments.key(), specs, variant, output_key, x64, state, device)
+        around = (arguments.key, variant, output_key, x64_enabled(), state, _device(arrays))
+        program = self._recent.get((around, avals))
+        if program is None:
+            program = self._find(around, arrays, len(own), arguments, output_shapes)
+            if len(self._recent) >= _KEPT_PROGRAMS:
+                self._recent.clear()
+            self._recent[around, avals] = program
+        return program
+
+    def _find(
+        self, around: tuple[Any, ...], arrays: list[Any], n_own: int, arguments: Arguments, output_shapes: Any
+    ) -> BoundFunction:
+        specs = tuple(map(spec_of, arrays))
+        _, variant, _, _, state, device = around
+        key = (around, specs)
         with self._lock:
             if key not in self._bound:
-                call = _Call(arguments._replace(arrays=[]), len(own), variant, state, device)
+                call = _Call(arguments._replace(arrays=[]), n_own, variant, state, device)
                 program = BoundFunction(self, call, specs, key)
-                program.infer([*own, *arguments.arrays], output_shapes)
+                program.infer(arrays, output_shapes)
                 self._bound[key] = program
                 while len(self._bound) > _KEPT_PROGRAMS:  # a new static value for each call
                     self._forget(self._bound.popitem(last=False)[1])
@@ -169,11 +184,14 @@ class TorchFunction:
             return self._bound[key]
 
     def _forget(self, program: BoundFunction) -> None:
+        self._recent.clear()
         for derived in [p for p in self.compiled if p.root == program]:
             del self.compiled[derived]
 
 
 _KEPT_PROGRAMS = 256
+_FEW_OPERATORS = 8
+_LARGE_BYTES = 1 << 18
 _VERSION = operator.attrgetter("_version")
 
 
@@ -261,6 +279,7 @@ class BoundFunction(RootProgram):
         self.out_specs = self.inferred.specs
         first_state = len(self.out_specs) - len(self.inferred.changed)
         self.constant = frozenset(range(first_state, len(self.out_specs)))
+        self._into = self._find_destination()
         changed = [self._tensor_specs[i].path for i in self.inferred.changed]
         trained = [path for path in changed if path.startswith("params.")]
         if trained:
@@ -347,12 +366,18 @@ class BoundFunction(RootProgram):
         # to do around it.
         if self._straight is None or not self.state.is_current():
             return super().deliver(tensors, buffers)
-        out, buffer = self._straight(*tensors), buffers[0]
+        buffer = buffers[0]
+        if self._into is None:
+            out = self._straight(*tensors)
+        else:
+            with IntoBuffer(*self._into, buffer):
+                out = self._straight(*tensors)
         if type(out) is not torch.Tensor or out.dtype is not buffer.dtype or out.shape != buffer.shape:
             self._outputs(list(tensors), out, [])  # says what is wrong
         if any(map(_VERSION, tensors)):
             self.check_inputs(tensors)
-        buffer.copy_(out)
+        if out is not buffer:
+            buffer.copy_(out)
 
     def _find_straight(self) -> Callable[..., Any] | None:
         """The user's function, where nothing happens between it and JAX: the same inputs, one output."""
@@ -361,6 +386,14 @@ class BoundFunction(RootProgram):
         special = not inferred.certain or inferred.needs_grad is not False or inferred.tree.kind != "leaf"
         special = special or self._out_dtypes[0] is not inferred.outputs[0].dtype
         return None if converts or special else self._callable.plain_function()
+
+    def _find_destination(self) -> tuple[Maker, Any] | None:
+        """The operator that can write its result into XLA's buffer, where that pays."""
+        inferred, maker = self.inferred, self.inferred.maker
+        if maker is None or inferred.n_operators > _FEW_OPERATORS or not self.is_large(_LARGE_BYTES):
+            return None
+        variant = out_variant(maker.operator)
+        return None if variant is None else (maker, variant)
 
     def run(self, tensors: Sequence[torch.Tensor], style: Style, around: Around) -> Tensors:
         inputs, seed = self._prepared(tensors)
@@ -487,7 +520,7 @@ def spec_of(array: Any) -> Spec:
     return Spec(tuple(array.shape), array.dtype)
 
 
-def _device(*arrays: Any) -> torch.device:
+def _device(arrays: Sequence[Any]) -> torch.device:
     for array in arrays:
         if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
             return torch_device(array)

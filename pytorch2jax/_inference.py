@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from pytorch2jax._destination import Maker
 from pytorch2jax._dtypes import canonical_dtype_t2j, dtype_j2t
 from pytorch2jax._errors import InferenceError, LeafTypeError, Pytorch2JaxError, StateError
 from pytorch2jax._internals import fake_tensor_mode
@@ -55,6 +57,8 @@ class Inferred(NamedTuple):
     retains: whether the function keeps its arguments after the call.
     cuts: whether it turns grad mode off inside, which torch's forward mode ignores.
     marks: whether it does something to tensors as objects: their flags, their gradients, what they point to.
+    n_operators: how many operators it runs.
+    maker: which of them makes the output, where that is one tensor.
     """
 
     outputs: tuple[TensorSpec, ...]
@@ -69,6 +73,8 @@ class Inferred(NamedTuple):
     retains: bool = False
     cuts: bool = False
     marks: bool = True
+    n_operators: int = sys.maxsize
+    maker: Maker | None = None
 
 
 # A torch function over flat tensors: returns what the user's function returned, and the values that the
@@ -294,7 +300,8 @@ def _conclude(
     paths += [f"state {i}" for i in changed]
     outputs = tuple(TensorSpec(tuple(t.shape), t.dtype, path) for t, path in zip(leaves, paths, strict=True))
     specs = tuple(Spec(o.shape, canonical_dtype_t2j(o.dtype)) for o in outputs)
-    return Inferred(outputs, specs, tree, written, changed, tracker.random, None)
+    inferred = Inferred(outputs, specs, tree, written, changed, tracker.random, None, n_operators=tracker.n_operators)
+    return inferred._replace(maker=tracker.maker(leaves[0])) if len(leaves) == 1 else inferred
 
 
 def is_output_leaf(value: Any) -> bool:

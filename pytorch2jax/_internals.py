@@ -6,6 +6,7 @@ jax 0.10.2 and torch 2.13.0; written for jax 0.11 and torch 2.11 as well.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,9 @@ import jax.extend.core
 import torch
 import torch.utils._pytree as torch_pytree
 from jax._src import effects, util
+from jax._src.core import trace_state_clean
 from jax._src.interpreters import partial_eval as pe
+from jax._src.lib import _jax
 from jax.experimental.buffer_callback import ExecutionContext, buffer_callback
 from jax.interpreters import ad, batching, mlir
 from torch.autograd.graph import GradientEdge
@@ -30,6 +33,7 @@ __all__ = [
     "TorchDispatchMode",
     "ad",
     "alias_with_storage",
+    "array_from_tensor",
     "batching",
     "buffer_callback",
     "fake_tensor_mode",
@@ -39,6 +43,7 @@ __all__ = [
     "is_any_autocast_enabled",
     "is_batched",
     "is_deterministic",
+    "is_held_elsewhere",
     "is_torch_node",
     "is_turning_grad_off",
     "jit_disabled",
@@ -51,6 +56,7 @@ __all__ = [
     "tensor_from_capsule",
     "torch_node_type",
     "torch_pytree",
+    "trace_state_clean",
     "unflatten_torch_node",
     "x64_enabled",
 ]
@@ -61,6 +67,14 @@ ShapedArray = jax.core.ShapedArray
 # `torch.from_dlpack` spends half of its time on negotiating streams and copies, which a capsule that XLA
 # has just made for this very call does not need.
 tensor_from_capsule: Callable[[Any], torch.Tensor] = torch._C._from_dlpack
+
+
+def array_from_tensor(tensor: torch.Tensor, device: Any) -> jax.Array:
+    """Take over the memory of a contiguous tensor on the host, without a copy if it is aligned to 64 bytes."""
+    if _array_from_capsule is None:
+        return jax.dlpack.from_dlpack(tensor)
+    # `jax.dlpack.from_dlpack` takes several times as long, and narrows 64-bit dtypes.
+    return _array_from_capsule(torch.utils.dlpack.to_dlpack(tensor), device, None)
 
 
 class DrawsFromTorch(jax.extend.core.Effect):
@@ -80,6 +94,7 @@ effects.control_flow_allowed_effects.add_type(DrawsFromTorch)
 # `torch.no_grad()` takes a microsecond, which is a tenth of a small call.
 is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
 is_deterministic: Callable[[], bool] = torch._C._get_deterministic_algorithms
+_array_from_capsule: Callable[..., jax.Array] | None = getattr(_jax, "dlpack_managed_tensor_to_buffer", None)
 set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
 
 
@@ -121,6 +136,18 @@ def set_vmap_fallback(enabled: bool) -> bool:
 def storage_address(tensor: torch.Tensor) -> int:
     """Where torch keeps the record of a tensor's memory; the same for all views of it."""
     return int(tensor.untyped_storage()._cdata)
+
+
+def is_held_elsewhere(tensor: torch.Tensor, references: int) -> bool:
+    """Whether somebody else can reach a tensor's memory.
+
+    Args:
+        tensor: a tensor.
+        references: how many Python references the caller has to it, its own variable included.
+    """
+    here = references + 2  # the argument of this function, and that of getrefcount
+    in_cpp: int = tensor._use_count()  # type: ignore[attr-defined]
+    return sys.getrefcount(tensor) > here or in_cpp > 1 or storage_users(tensor) > 1
 
 
 def alias_with_storage(tensor: torch.Tensor) -> torch.Tensor:

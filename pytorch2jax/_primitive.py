@@ -15,18 +15,17 @@ so that, for example, a Hessian by forward over reverse is `Jvp(Vjp(f))`, and pe
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pytorch2jax._bridge import call_in_xla, lower_on_host, original_error
-from pytorch2jax._internals import DRAWS_FROM_TORCH, Primitive, ShapedArray, ad, batching, jit_disabled, mlir, pe
+from pytorch2jax._bridge import call_in_xla, lower_on_host
+from pytorch2jax._eager import evaluate
+from pytorch2jax._internals import DRAWS_FROM_TORCH, Primitive, ShapedArray, ad, batching, mlir, pe, trace_state_clean
 from pytorch2jax._program import Program
-from pytorch2jax._tape import HANDLE, TAPE, FromTape, Taped, number_of
-from pytorch2jax._transfer import check_one_device, j2t, torch_device
+from pytorch2jax._tape import HANDLE, TAPE, FromTape, Taped
 from pytorch2jax._transforms import Derived, Jvp, Vjp, Vmap, inexact_outputs
 
 torch_call_p = Primitive("torch_call")
@@ -35,39 +34,27 @@ torch_call_p.multiple_results = True
 
 def torch_call(program: Program, *arrays: Any) -> list[Any]:
     """Call a program on arrays: the one way into the primitive."""
+    if trace_state_clean() and not any(map(_is_tracer, arrays)):
+        return _impl(*arrays, program=program)  # where JAX would come to after a while
     return torch_call_p.bind(*arrays, program=program)
+
+
+def _is_tracer(array: Any) -> bool:
+    return isinstance(array, jax.core.Tracer)
 
 
 # -- impl -----------------------------------------------------------------------------------------------
 
 
 def _impl(*arrays: Any, program: Program) -> list[Any]:
-    for index, array in enumerate(arrays):
-        if isinstance(array, jax.Array):
-            check_one_device(program.describe(), f"input {index}", array)
     if program.draws_from_torch:
         return [
             jnp.asarray(t.numpy().astype(s.dtype)) for t, s in zip(program.execute([]), program.out_specs, strict=True)
         ]
-    compiled_calls = program.root.compiled_calls()
-    if program not in compiled_calls:
-        compiled_calls[program] = jax.jit(lambda *inputs: torch_call(program, *inputs))
-    # With jit disabled the call would come back here: this is the implementation, there is nothing below it.
-    enabled = jax.disable_jit(False) if jit_disabled() else contextlib.nullcontext()
-    try:
-        with enabled:
-            outputs: list[Any] = compiled_calls[program](*arrays)
-        if outputs and not isinstance(outputs[0], jax.core.Tracer) and torch_device(outputs[0]).type == "cpu":
-            # Waiting costs nothing where torch has done its work by then, and shows errors here.
-            jax.block_until_ready(outputs)
-            if isinstance(program, Taped):
-                TAPE.release_with(outputs[-1], number_of(j2t(outputs[-1])))
-        return outputs
-    except (jax.errors.JaxRuntimeError, ValueError) as error:  # which of them depends on jax's dispatch path
-        original = original_error(error)
-        if original is None:
-            raise
-    raise original
+    outputs = evaluate(program, arrays, lambda *inputs: torch_call_p.bind(*inputs, program=program))
+    if isinstance(program, Taped):
+        program.release_with(outputs[-1])
+    return outputs
 
 
 torch_call_p.def_impl(_impl)

@@ -11,6 +11,7 @@ import abc
 import contextlib
 import enum
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -145,18 +146,29 @@ class Program(abc.ABC):
             NarrowingError: an integer does not fit into what JAX has for it.
         """
         for index, (value, buffer) in enumerate(zip(self.execute(tensors, buffers), buffers, strict=True)):
-            if value is buffer:
-                continue
-            buffer.copy_(value)
-            if value.dtype is buffer.dtype or buffer.dtype not in _NARROW_INTS:
-                continue
-            # On CUDA the check would make the host wait for the device.
-            if not value.is_cuda and not fits(buffer, value):
-                raise NarrowingError(
-                    f"{self.describe()}: output {index}: expected values that fit into {buffer.dtype}, "
-                    f"because jax_enable_x64 is off, and got larger ones in a tensor of {value.dtype}. Call "
-                    "`jax.config.update('jax_enable_x64', True)`, or return smaller values."
-                )
+            if value is not buffer:
+                self.put(index, value, buffer)
+
+    def put(self, index: int, value: torch.Tensor, buffer: torch.Tensor) -> None:
+        """Copy an output into a buffer; errors as those of `deliver`."""
+        buffer.copy_(value)
+        if value.dtype is buffer.dtype or buffer.dtype not in _NARROW_INTS:
+            return
+        # On CUDA the check would make the host wait for the device.
+        if not value.is_cuda and not fits(buffer, value):
+            raise NarrowingError(
+                f"{self.describe()}: output {index}: expected values that fit into {buffer.dtype}, "
+                f"because jax_enable_x64 is off, and got larger ones in a tensor of {value.dtype}. Call "
+                "`jax.config.update('jax_enable_x64', True)`, or return smaller values."
+            )
+
+    def is_large(self, limit: int) -> bool:
+        """Whether inputs and outputs have more bytes than this together."""
+        return self._bytes > limit
+
+    @functools.cached_property
+    def _bytes(self) -> int:
+        return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in (*self.in_specs, *self.out_specs))
 
     def execute(self, tensors: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor] = ()) -> Tensors:
         """Evaluate, in the first style that torch supports; which one that is, is remembered.

@@ -17,12 +17,14 @@ import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import torch
 
 from pytorch2jax._inference import Spec
 from pytorch2jax._internals import GradientEdge, alias_with_storage, gradient_edge, storage_address, storage_users
 from pytorch2jax._program import Around, Program, Style, Tensors
+from pytorch2jax._transfer import torch_device
 from pytorch2jax._transforms import RECORDED, Derived, Vjp, conjugated, gradients, inexact_outputs, recorded
 
 HANDLE = Spec((2,), np.dtype("uint32"))
@@ -160,8 +162,9 @@ class Tape:
         if number:
             self.take(number)
 
-    def release_with(self, handle: Any, number: int) -> None:
-        """Remove an entry when the array that holds its number is gone."""
+    def release_with(self, handle: jax.Array) -> None:
+        """Remove an entry when the array on the host that holds its number is gone."""
+        number = _number(np.asarray(handle))
         with self._lock:
             entry = self._entries.get(number)
         if entry is not None:
@@ -194,8 +197,12 @@ def handle_of(number: int) -> torch.Tensor:
 
 def number_of(handle: torch.Tensor) -> int:
     """The number in a handle. On CUDA this waits for the forward pass."""
-    low, high = handle.tolist()
-    return low | high << 32
+    return _number(handle)
+
+
+def _number(words: Any) -> int:
+    low, high = words.tolist()
+    return int(low | high << 32)
 
 
 class Taped(Derived):
@@ -220,6 +227,7 @@ class Taped(Derived):
         self._size: int | None = None
 
     def run(self, tensors: Sequence[torch.Tensor], style: Style, around: Around) -> Tensors:
+        TAPE.last.number = 0
         if self.useless or not TAPE.enabled:
             return (*self.base.run(tensors, style, around), handle_of(0))
         entry = Entry(self)
@@ -257,6 +265,12 @@ class Taped(Derived):
 
     def abandon(self) -> None:
         TAPE.drop_last()
+
+    def release_with(self, handle: Any) -> None:
+        """Forget a graph when the array that holds its number is gone."""
+        concrete = isinstance(handle, jax.Array) and not isinstance(handle, jax.core.Tracer)
+        if concrete and torch_device(handle).type == "cpu":
+            TAPE.release_with(handle)
 
 
 def _edge(output: torch.Tensor) -> GradientEdge | None:

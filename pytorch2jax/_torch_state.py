@@ -54,6 +54,17 @@ class TorchState(NamedTuple):
 
 def capture_torch_state() -> TorchState:
     """The ambient state of the calling thread."""
+    global _last
+    state = _last
+    if state is None or not state.is_current():
+        _last = state = _captured()
+    return state
+
+
+_last: TorchState | None = None  # most often it is what it was
+
+
+def _captured() -> TorchState:
     return TorchState(
         tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _DEVICE_TYPES),
         torch.get_default_dtype(),

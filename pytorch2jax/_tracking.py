@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from pytorch2jax._destination import Maker
 from pytorch2jax._errors import RandomnessError
 from pytorch2jax._internals import TorchDispatchMode, is_turning_grad_off, torch_pytree
 
@@ -28,6 +29,8 @@ class Tracker(TorchDispatchMode):
     def __init__(self, inputs: Sequence[torch.Tensor], sources: Sequence[torch.Tensor] = ()) -> None:
         super().__init__()
         self.random = False
+        self.n_operators = 0
+        self._makers: dict[int, tuple[int, Any, torch.Size]] = {}
         self._inputs = [_storage(t) for t in inputs]
         self._writers: dict[int, set[str]] = collections.defaultdict(set)
         self._sources = frozenset(_storage(t) for t in sources)
@@ -52,6 +55,12 @@ class Tracker(TorchDispatchMode):
     def has_written(self, tensor: torch.Tensor) -> bool:
         """Whether an operator has written to this tensor."""
         return _storage(tensor) in self._writers
+
+    def maker(self, output: torch.Tensor) -> Maker | None:
+        """The operator that made an output, if it left it in C order and nobody has taken a part of it since."""
+        index, operator, shape = self._makers.get(_storage(output), (0, None, None))
+        whole = operator is not None and shape == output.shape and output.is_contiguous()
+        return Maker(index, operator) if whole else None
 
     def written(self) -> frozenset[int]:
         """The inputs that were written to."""
@@ -87,6 +96,9 @@ class Tracker(TorchDispatchMode):
                 if isinstance(tensor, torch.Tensor):
                     self._writers[_storage(tensor)].add(func._schema.name)
         out = func(*args, **kwargs)
+        if isinstance(out, torch.Tensor) and not func._schema.is_mutable and not func.is_view:
+            self._makers[_storage(out)] = (self.n_operators, func, out.shape)
+        self.n_operators += 1
         self._follow(func, _tensors((args, kwargs)), _tensors(out))
         return out
 

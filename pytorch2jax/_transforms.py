@@ -384,7 +384,13 @@ def gradients(
     where: list[Any] = [o for o, _ in live]
     found = torch.autograd.grad(where, inputs, [c for _, c in live], create_graph=create_graph, allow_unused=True)
     found = tuple(placed.get(index, g) for index, g in enumerate(found))
-    return tuple(torch.zeros_like(i) if g is None else g for g, i in zip(found, inputs, strict=True))
+    return tuple(_dense(g, i) for g, i in zip(found, inputs, strict=True))
+
+
+def _dense(gradient: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    if gradient is None:
+        return torch.zeros_like(like)
+    return gradient if gradient.layout == torch.strided else gradient.to_dense()
 
 
 _LARGE = 1 << 18  # bytes; below, a hook costs more than it saves

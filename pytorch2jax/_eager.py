@@ -1,0 +1,125 @@
+"""A program outside of `jax.jit`: through XLA where arrays are small, over DLPack where they are large.
+
+XLA takes a few microseconds to hand over small arrays and has to copy large outputs into memory of its own. Without
+XLA, torch reads the arrays where they are, and JAX takes over the memory that torch has allocated for the results.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from jax.sharding import SingleDeviceSharding
+
+from pytorch2jax._bridge import original_error, torch_call_error
+from pytorch2jax._dtypes import dtype_j2t
+from pytorch2jax._inference import Spec
+from pytorch2jax._internals import array_from_tensor, is_held_elsewhere, jit_disabled
+from pytorch2jax._program import Program
+from pytorch2jax._transfer import check_one_device, tensor_at, torch_device
+
+_LARGE_BYTES = 1 << 17
+"""Of inputs and outputs together: from here on a copy takes longer than taking over memory does."""
+
+
+def evaluate(program: Program, arrays: Sequence[Any], staged: Callable[..., Any]) -> list[Any]:
+    """Run a program now.
+
+    Args:
+        program: what to run.
+        arrays: its inputs.
+        staged: the program as a JAX function, to be compiled where it goes through XLA.
+
+    Copies:
+        Inputs are not copied. Large outputs (with the inputs, more than 128 KiB) are not copied either, if torch has
+        allocated their memory in this call, in C order, and nobody else holds it.
+
+    Raises:
+        TorchCallError: torch raised an exception, which is the cause.
+    """
+    for index, array in enumerate(arrays):
+        if isinstance(array, jax.Array) and type(array.sharding) is not SingleDeviceSharding:
+            check_one_device(program.describe(), f"input {index}", array)
+    if program.is_large(_LARGE_BYTES) and _is_on_host(arrays):
+        return _over_dlpack(program, arrays)
+    return _through_xla(program, arrays, staged)
+
+
+def _through_xla(program: Program, arrays: Sequence[Any], staged: Callable[..., Any]) -> list[Any]:
+    compiled_calls = program.root.compiled_calls()
+    compiled = compiled_calls.get(program)
+    if compiled is None:
+        compiled = compiled_calls[program] = jax.jit(staged)
+    try:
+        if jit_disabled():  # the call would come back here: this is the implementation, there is nothing below it
+            with jax.disable_jit(False):
+                outputs: list[Any] = compiled(*arrays)
+        else:
+            outputs = compiled(*arrays)
+        if outputs and not isinstance(outputs[0], jax.core.Tracer) and torch_device(outputs[0]).type == "cpu":
+            # Waiting costs nothing where torch has done its work by then, and shows errors here.
+            for output in outputs:
+                output.block_until_ready()
+        return outputs
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # which of them depends on jax's dispatch path
+        original = original_error(error)
+        if original is None:
+            raise
+    raise original
+
+
+def _is_on_host(arrays: Sequence[Any]) -> bool:
+    """Whether the arrays are in this process's memory, and results belong to their device and no other."""
+    several = jax.local_device_count("cpu") > 1
+    committed = False
+    for array in arrays:
+        if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
+            return False
+        if torch_device(array).type != "cpu" or array.sharding.memory_kind not in _HOST_MEMORY:
+            return False
+        committed = committed or array.committed
+    return bool(arrays) and (committed or not several)
+
+
+_HOST_MEMORY = (None, "device", "unpinned_host")
+
+
+def _over_dlpack(program: Program, arrays: Sequence[Any]) -> list[Any]:
+    for array in arrays:
+        array.block_until_ready()
+    addresses = [array.unsafe_buffer_pointer() for array in arrays]
+    device = next(iter(arrays[0].devices()))
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            tensors = [_tensor(address, spec) for address, spec in zip(addresses, program.in_specs, strict=True)]
+            outputs = list(program.execute(tensors))
+            del tensors
+            return [_take_over(program, i, outputs, device) for i in range(len(outputs))]
+    except Exception as error:
+        program.abandon()
+        raised = torch_call_error(error)
+    raise raised
+
+
+def _tensor(address: int, spec: Spec) -> torch.Tensor:
+    dtype = dtype_j2t(spec.dtype)
+    return tensor_at(address, math.prod(spec.shape) * dtype.itemsize, dtype, spec.shape)
+
+
+def _take_over(program: Program, index: int, outputs: list[torch.Tensor], device: Any) -> jax.Array:
+    """An array with the memory of an output, or with a copy of it."""
+    spec = program.out_specs[index]
+    dtype = dtype_j2t(spec.dtype)
+    output = outputs[index]
+    if output.numel() == 0:  # DLPack gives empty tensors no address
+        return jax.device_put(np.zeros(spec.shape, spec.dtype), device)
+    shared = is_held_elsewhere(output, references=2)  # by the list of outputs and by this variable
+    if shared or output.dtype != dtype or not output.is_contiguous() or output.is_conj() or output.is_neg():
+        buffer = torch.empty(spec.shape, dtype=dtype)
+        program.put(index, output, buffer)
+        output = buffer
+    return array_from_tensor(output, device)

@@ -1,0 +1,400 @@
+"""What a call does and does not do: tracing, copies, kept tensors, and errors of XLA's interface."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from pytorch2jax import TorchCallError, _eager, _ffi, _function, convert_pytnn_to_jax, torch2jax, use_tape
+from pytorch2jax._program import Program
+
+SMALL, LARGE = jnp.linspace(0.0, 1.0, 6).reshape(2, 3), jnp.linspace(0.0, 1.0, 90_000).reshape(300, 300)
+SIZES = pytest.mark.parametrize("x", [SMALL, LARGE], ids=["small", "large"])
+
+
+# -- nothing is done twice ------------------------------------------------------------------------------
+
+
+@SIZES
+def test_nothing_is_rebuilt_for_equal_calls(x, monkeypatch):
+    inferred, traced = [], []
+    infer = _function.infer
+
+    def counting(*args, **kwargs):
+        inferred.append(args[0])
+        return infer(*args, **kwargs)
+
+    monkeypatch.setattr(_function, "infer", counting)
+    f = torch2jax(lambda x, scale=1.0: torch.sin(x) * scale)
+    net, params = convert_pytnn_to_jax(torch.nn.Linear(x.shape[1], 2).double())
+
+    @jax.jit
+    def jitted(x, params):
+        traced.append(x.shape)
+        return jax.grad(lambda x: f(x, scale=2.0).sum() + net(params, x).sum())(x)
+
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
+    )
+    for _ in range(3):  # what is built is built now
+        eager = jax.grad(lambda x: f(x, scale=2.0).sum())
+        f(x), net(params, x), eager(x), jitted(x, params)
+    first = len(inferred), len(traced), len(compiled)
+    for _ in range(20):
+        f(x), net(params, x), jitted(x + 1, params)
+        jax.grad(lambda x: f(x, scale=2.0).sum())(x)
+    assert (len(inferred), len(traced)) == first[:2] == (3, 1)
+    assert "f" not in compiled[first[2] :]
+
+
+def test_equal_functions_are_equal_programs():
+    def double(x):
+        return x * 2
+
+    seen = []
+
+    @jax.jit
+    def outer(x):
+        seen.append(1)
+        return jax.lax.scan(lambda c, _: (torch2jax(double)(c), None), x, length=3)[0]
+
+    np.testing.assert_array_equal(outer(SMALL), 8 * SMALL)
+    jaxpr = jax.make_jaxpr(lambda x: (torch2jax(double)(x), torch2jax(double)(x)))(SMALL)
+    first, second = (eqn.params["program"] for eqn in jaxpr.eqns)
+    assert first == second
+    assert hash(first) == hash(second)
+
+
+# -- tensors over XLA's memory --------------------------------------------------------------------------
+
+
+def test_a_tensor_that_is_marked_is_not_seen_again():
+    """Tensors are kept by address; one that a call marks, or gives a gradient, must be new in each call."""
+    flags = []
+
+    def fn(x):
+        flags.append((x.requires_grad, x.grad is None))
+        x.requires_grad_()
+        (x * x).sum().backward()
+        return x.grad * 1
+
+    f = jax.jit(torch2jax(fn))
+    f(SMALL)
+    flags.clear()
+    for _ in range(3):
+        np.testing.assert_allclose(f(SMALL), 2 * SMALL)
+    assert set(flags) == {(False, True)}
+
+
+def test_an_unexpected_write_is_an_error_and_not_remembered():
+    armed = []
+
+    def fn(x):
+        if armed:
+            x.mul_(2)
+        return x + 1
+
+    f = jax.jit(torch2jax(fn))
+    x = jnp.copy(SMALL)
+    f(x)
+    armed.append(1)
+    with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match="wrote to an input in place"):
+        jax.block_until_ready(f(x))
+    np.testing.assert_allclose(f(SMALL), 2 * SMALL + 1)  # copied from now on
+    armed.clear()
+    np.testing.assert_allclose(f(SMALL), SMALL + 1)
+
+
+def test_many_addresses():
+    f = jax.jit(torch2jax(lambda x: x * 2))
+    arrays = [jnp.full((3,), float(i)) for i in range(100)]
+    for _ in range(3):
+        for i, array in enumerate(arrays):
+            assert f(array)[0] == 2 * i
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 4, 5, 6, 50])
+def test_any_number_of_arguments_and_results(n):
+    def fn(*xs):
+        return (*(x * (i + 1) for i, x in enumerate(xs)), torch.ones(2))
+
+    arrays = [jnp.full((i % 4,), float(i)) for i in range(n)]
+    for call in (torch2jax(fn), jax.jit(torch2jax(fn))):
+        *outputs, last = call(*arrays)
+        assert last.sum() == 2
+        for i, output in enumerate(outputs):
+            np.testing.assert_array_equal(output, arrays[i] * (i + 1))
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int8", "uint8", "int16", "int32", "int64", "uint32", "float16", "bfloat16"])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 0), (300, 400)])
+def test_dtypes_and_shapes_by_either_way(dtype, shape):
+    x = jnp.ones(shape, dtype)
+    for f in (torch2jax(lambda x: x.clone(), widen_ints=False), jax.jit(torch2jax(lambda x: x.clone()))):
+        out = f(x)
+        assert (out.dtype, out.shape) == (x.dtype, shape)
+        np.testing.assert_array_equal(np.asarray(out).astype(float), np.asarray(x).astype(float))
+
+
+# -- eager calls ----------------------------------------------------------------------------------------
+
+
+def address(array):
+    return array.unsafe_buffer_pointer()
+
+
+def test_large_eager_calls_copy_nothing(monkeypatch):
+    given, made = [], []
+    tensor_at, array_from_tensor = _eager.tensor_at, _eager.array_from_tensor
+    monkeypatch.setattr(_eager, "tensor_at", lambda at, *spec: given.append(at) or tensor_at(at, *spec))
+    monkeypatch.setattr(
+        _eager, "array_from_tensor", lambda t, device: made.append(t.data_ptr()) or array_from_tensor(t, device)
+    )
+    put = []
+    monkeypatch.setattr(Program, "put", lambda *args: put.append(args))
+    f = torch2jax(torch.sin)
+    out = f(LARGE)
+    assert (given, made, put) == ([address(LARGE)], [address(out)], [])
+    gradient = jax.grad(lambda x: f(x).sum())
+    gradient(LARGE)  # the first time, through views
+    put.clear()
+    grad = gradient(LARGE)
+    assert given.count(address(LARGE)) == 5  # once, and two times forward and backward
+    assert address(grad) in made
+    assert not put
+    np.testing.assert_allclose(grad, jnp.cos(LARGE), rtol=1e-12)
+
+
+KEPT = []
+
+
+def keeps_its_result(x):
+    y = torch.sin(x)
+    KEPT.append(y)
+    return y
+
+
+def keeps_a_view(x):
+    y = torch.sin(x)
+    KEPT.append(y[:1])
+    return y
+
+
+def keeps_its_memory(x):
+    y = torch.sin(x)
+    KEPT.append(torch.from_numpy(y.detach().numpy()))
+    return y
+
+
+@pytest.mark.parametrize("fn", [keeps_its_result, keeps_a_view, keeps_its_memory])
+def test_a_result_that_torch_keeps_is_copied(fn):
+    f = torch2jax(fn, output_shapes=jax.ShapeDtypeStruct(LARGE.shape, LARGE.dtype))
+    out = f(LARGE)
+    expected = np.array(out)
+    for tensor in KEPT:
+        tensor.zero_()
+    KEPT.clear()
+    np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize("fn", [lambda x: x, lambda x: x[:100], lambda x: x.T, lambda x: (x + 1).T, lambda x: x.conj()])
+def test_a_result_that_is_an_argument_is_copied(fn):
+    x = jnp.copy(LARGE)
+    out = torch2jax(fn)(x)
+    np.testing.assert_array_equal(out, fn(torch.from_numpy(np.array(x))).numpy())
+    assert out.nbytes < LARGE.nbytes or address(out) != address(x)
+    jax.jit(lambda out: out * 0, donate_argnums=0)(out)
+    np.testing.assert_array_equal(x, LARGE)
+
+
+def test_a_module_that_returns_its_parameter():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(300, 300))
+            self.register_buffer("table", torch.ones(300, 300))
+
+        def forward(self, x):
+            return self.weight, self.table, x + 1
+
+    apply, params = convert_pytnn_to_jax(Net())
+    weight, table, _ = apply(params, LARGE)
+    for array in (weight, table):
+        jax.jit(lambda a: a * 0, donate_argnums=0)(array)
+    np.testing.assert_array_equal(params["weight"], np.ones((300, 300)))
+    np.testing.assert_array_equal(apply(params, LARGE)[1], np.ones((300, 300)))
+
+
+@SIZES
+def test_eager_errors_carry_the_original(x):
+    def fn(x):
+        if x.sum() > 1:
+            raise KeyError("an unusual one")
+        return x * 1
+
+    f = torch2jax(fn, output_shapes=jax.ShapeDtypeStruct(x.shape, x.dtype))
+    np.testing.assert_array_equal(f(x * 0), x * 0)
+    with pytest.raises(TorchCallError, match="an unusual one") as caught:
+        f(x)
+    assert isinstance(caught.value.__cause__, KeyError)
+    np.testing.assert_array_equal(f(x * 0), x * 0)
+
+
+@SIZES
+def test_deleted_arrays_are_refused(x):
+    gone = x + 1
+    gone.delete()
+    with pytest.raises(RuntimeError, match="deleted"):
+        torch2jax(torch.sin)(gone)
+
+
+@SIZES
+def test_eager_calls_in_inference_mode_and_under_other_grad_modes(x):
+    f = torch2jax(lambda x: torch.sin(x) * 2)
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+        with mode():
+            out = f(x)
+            grad = jax.grad(lambda x: f(x).sum())(x)
+        np.testing.assert_allclose(out, 2 * jnp.sin(x), rtol=1e-12)
+        np.testing.assert_allclose(grad, 2 * jnp.cos(x), rtol=1e-12)
+
+
+def test_eager_results_wait_for_their_arguments():
+    """An argument may still be in the making when torch gets its address."""
+    f = torch2jax(lambda x: x + 0)
+    slow = jax.jit(lambda x: jax.lax.fori_loop(0, 20, lambda i, x: jnp.tanh(x @ x / 300), x))
+    expected = np.asarray(slow(LARGE))
+    for _ in range(5):
+        np.testing.assert_array_equal(f(slow(LARGE)), expected)
+
+
+# -- outputs in place -----------------------------------------------------------------------------------
+
+DESTINATIONS = {
+    "one operator": (lambda x: torch.sin(x), True),
+    "several operators": (lambda x: (torch.sin(x) @ x).relu(), True),
+    "written to afterwards": (lambda x: torch.sin(x).mul_(2), True),
+    "another layout": (lambda x: torch.sin(x).T, False),
+    "a view of it": (lambda x: torch.sin(x)[0], False),
+    "the argument": (lambda x: x, False),
+    "a reduction": (lambda x: x.sum(0), True),
+    "no variant": (lambda x: torch.linspace(0, 1, 90_000, dtype=x.dtype).reshape(300, 300), False),
+}
+
+
+@pytest.mark.parametrize("name", DESTINATIONS)
+def test_torch_writes_into_xlas_buffer(name, monkeypatch):
+    fn, in_place = DESTINATIONS[name]
+    entered = []
+    original = _function.IntoBuffer
+    monkeypatch.setattr(_function, "IntoBuffer", lambda *args: entered.append(args) or original(*args))
+    got = jax.jit(torch2jax(fn))(LARGE)
+    np.testing.assert_allclose(got, fn(torch.from_numpy(np.array(LARGE))).numpy(), rtol=1e-12)
+    assert bool(entered) == in_place
+
+
+def test_a_function_that_does_something_else_this_time():
+    """The operator that inference has found may not come, or come for another purpose."""
+    other = []
+
+    def fn(x):
+        if other:
+            return torch.sin(torch.sin(x))
+        return torch.sin(x)
+
+    f = jax.jit(torch2jax(fn))
+    np.testing.assert_allclose(f(LARGE), jnp.sin(LARGE), rtol=1e-12)
+    other.append(1)
+    np.testing.assert_allclose(f(LARGE), jnp.sin(jnp.sin(LARGE)), rtol=1e-12)
+
+
+def test_large_gradients_arrive_in_xlas_buffers():
+    net = torch.nn.Sequential(torch.nn.Linear(300, 300), torch.nn.Tanh(), torch.nn.Linear(300, 300)).double()
+    net[2].weight = net[0].weight  # tied: one gradient, which is a sum
+    apply, params = convert_pytnn_to_jax(net)
+    grads = jax.jit(jax.grad(lambda p: (apply(p, LARGE) ** 2).sum()))(params)
+    (net(torch.from_numpy(np.array(LARGE))) ** 2).sum().backward()
+    np.testing.assert_allclose(grads["0"]["weight"], net[0].weight.grad, rtol=1e-9)
+    np.testing.assert_allclose(grads["2"]["bias"], net[2].bias.grad, rtol=1e-9)
+
+
+def test_sparse_gradients():
+    table = torch.nn.Embedding(5000, 64, sparse=True)
+    apply, params = convert_pytnn_to_jax(table)
+    index = jnp.array([1, 2, 2, 4999])
+    for enabled in (True, False):
+        with use_tape(enabled):
+            grad = jax.jit(jax.grad(lambda p: (apply(p, index) ** 2).sum()))(params)["weight"]
+        dense = np.zeros((5000, 64), np.float32)
+        np.add.at(dense, np.asarray(index), 2 * np.asarray(params["weight"])[np.asarray(index)])
+        np.testing.assert_allclose(grad, dense, rtol=1e-6)
+
+
+# -- XLA's interface ------------------------------------------------------------------------------------
+
+
+def test_functions_are_forgotten_with_their_executables():
+    class Callable:
+        def __call__(self, x):
+            return x + 1
+
+    gc.collect()
+    before = len(_ffi._functions)
+    fn = Callable()
+    seen = weakref.ref(fn)
+    f = jax.jit(torch2jax(fn))
+    f(SMALL)
+    assert len(_ffi._functions) == before + 1
+    del f, fn
+    jax.clear_caches()
+    gc.collect()
+    assert len(_ffi._functions) <= before
+    assert seen() is None
+
+
+def test_a_compiled_program_keeps_its_function():
+    compiled = jax.jit(torch2jax(lambda x: x + 1)).lower(SMALL).compile()
+    gc.collect()
+    np.testing.assert_array_equal(compiled(SMALL), SMALL + 1)
+
+
+def test_nothing_goes_into_the_persistent_cache(tmp_path):
+    """Its number would mean another function in another process."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [getattr(jax.config, name) for name in names]
+    try:
+        jax.config.update(names[0], str(tmp_path))
+        jax.config.update(names[1], 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        jax.jit(torch2jax(lambda x: x + 1))(SMALL)
+        assert not list(tmp_path.iterdir())
+    finally:
+        for name, value in zip(names, before, strict=True):
+            jax.config.update(name, value)
+
+
+def test_threads_share_an_executable():
+    f = jax.jit(torch2jax(lambda x: torch.sin(x) * 2))
+    arrays = [jnp.full((64,), float(i)) for i in range(8)]
+    wrong = []
+
+    def work(x):
+        expected = 2 * np.sin(np.asarray(x))
+        for _ in range(200):
+            if not np.allclose(f(x), expected):
+                wrong.append(x)
+
+    threads = [threading.Thread(target=work, args=(x,)) for x in arrays]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not wrong
