@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import itertools
-import math
 import operator
 import re
 import threading
@@ -19,13 +18,11 @@ from typing import Any
 import jax
 import torch
 
-from pytorch2jax._dtypes import dtype_j2t
+from pytorch2jax._buffers import Buffers, HostBuffers, Views
 from pytorch2jax._errors import Pytorch2JaxError, TorchCallError
 from pytorch2jax._ffi import lower_host_call
-from pytorch2jax._inference import Spec
 from pytorch2jax._internals import ExecutionContext, buffer_callback, set_grad_enabled, tensor_from_capsule
 from pytorch2jax._program import Program
-from pytorch2jax._transfer import tensor_at
 
 
 def lower_on_host(context: Any, *operands: Any, program: Program) -> Any:
@@ -42,8 +39,8 @@ class _HostCall:
 
     def __init__(self, program: Program) -> None:
         self._program = program
-        self._inputs = [_Views(spec) for spec in program.in_specs]
-        self._outputs = [_Views(spec) for spec in program.out_specs]
+        self._inputs = [Views(spec) for spec in program.in_specs]
+        self._outputs = [Views(spec) for spec in program.out_specs]
         self._shares_tensors = program.root.shares_tensors
 
     def __call__(self, inputs: Sequence[int], outputs: Sequence[int]) -> None:
@@ -58,8 +55,7 @@ class _HostCall:
             tensors = [*map(operator.getitem, self._inputs, inputs)]
             if not self._shares_tensors:
                 tensors = [t.detach() for t in tensors]
-            buffers = [*map(operator.getitem, self._outputs, outputs)]
-            program.deliver(tensors, buffers)
+            program.deliver(tensors, HostBuffers(outputs, self._outputs))
         except Exception as error:
             program.abandon()
             for views in self._inputs:  # somebody may have written to one
@@ -68,28 +64,6 @@ class _HostCall:
         finally:
             if recording:
                 set_grad_enabled(True)
-
-
-_KEPT_VIEWS = 16
-
-
-class _Views(dict[int, torch.Tensor]):
-    """Tensors of one shape and dtype over XLA's memory, by address.
-
-    XLA uses the same few addresses from call to call, above all for parameters. A tensor holds nothing but the address,
-    so that it is right for whatever array lies there at the time of a call.
-    """
-
-    def __init__(self, spec: Spec) -> None:
-        super().__init__()
-        self._shape, self._dtype = spec.shape, dtype_j2t(spec.dtype)
-        self._bytes = math.prod(spec.shape) * self._dtype.itemsize
-
-    def __missing__(self, address: int) -> torch.Tensor:
-        if len(self) >= _KEPT_VIEWS:
-            self.clear()
-        self[address] = tensor = tensor_at(address, self._bytes, self._dtype, self._shape)
-        return tensor
 
 
 def call_in_xla(program: Program, *arrays: Any) -> tuple[Any, ...]:
@@ -109,7 +83,7 @@ def _device_call(program: Program) -> Callable[..., None]:
             buffers = [tensor_from_capsule(r.__dlpack__()) for r in results]
             device = next((t.device for t in (*tensors, *buffers)), None)
             with torch.no_grad(), torch.cuda.stream(torch.cuda.ExternalStream(context.stream, device=device)):
-                program.deliver(tensors, buffers)
+                program.deliver(tensors, Buffers(dict(enumerate(buffers))))
         except Exception as error:
             program.abandon()
             raise RuntimeError(_report(program, error)) from None

@@ -16,6 +16,7 @@ import torch
 from jax.sharding import SingleDeviceSharding
 
 from pytorch2jax._bridge import original_error, torch_call_error
+from pytorch2jax._buffers import Buffers
 from pytorch2jax._dtypes import dtype_j2t
 from pytorch2jax._inference import Spec
 from pytorch2jax._internals import array_from_tensor, is_held_elsewhere, jit_disabled
@@ -42,7 +43,8 @@ def evaluate(program: Program, arrays: Sequence[Any], staged: Callable[..., Any]
         TorchCallError: torch raised an exception, which is the cause.
     """
     for index, array in enumerate(arrays):
-        if isinstance(array, jax.Array) and type(array.sharding) is not SingleDeviceSharding:
+        sharding = getattr(array, "sharding", None)
+        if sharding is not None and type(sharding) is not SingleDeviceSharding:
             check_one_device(program.describe(), f"input {index}", array)
     if program.is_large(_LARGE_BYTES) and _is_on_host(arrays):
         return _over_dlpack(program, arrays)
@@ -60,10 +62,11 @@ def _through_xla(program: Program, arrays: Sequence[Any], staged: Callable[..., 
                 outputs: list[Any] = compiled(*arrays)
         else:
             outputs = compiled(*arrays)
-        if outputs and not isinstance(outputs[0], jax.core.Tracer) and torch_device(outputs[0]).type == "cpu":
+        if program.root.device.type == "cpu":
             # Waiting costs nothing where torch has done its work by then, and shows errors here.
             for output in outputs:
-                output.block_until_ready()
+                if not isinstance(output, jax.core.Tracer):
+                    output.block_until_ready()
         return outputs
     except (jax.errors.JaxRuntimeError, ValueError) as error:  # which of them depends on jax's dispatch path
         original = original_error(error)
@@ -119,7 +122,7 @@ def _take_over(program: Program, index: int, outputs: list[torch.Tensor], device
         return jax.device_put(np.zeros(spec.shape, spec.dtype), device)
     shared = is_held_elsewhere(output, references=2)  # by the list of outputs and by this variable
     if shared or output.dtype != dtype or not output.is_contiguous() or output.is_conj() or output.is_neg():
-        buffer = torch.empty(spec.shape, dtype=dtype)
-        program.put(index, output, buffer)
-        output = buffer
+        buffers = Buffers({index: torch.empty(spec.shape, dtype=dtype)})
+        program.put(index, output, buffers)
+        output = buffers[index]
     return array_from_tensor(output, device)

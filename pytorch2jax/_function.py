@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from pytorch2jax._arguments import Arguments
+from pytorch2jax._buffers import Buffers
 from pytorch2jax._destination import IntoBuffer, Maker, out_variant
 from pytorch2jax._dtypes import dtype_j2t, narrowed
 from pytorch2jax._errors import (
@@ -229,7 +230,7 @@ class BoundFunction(RootProgram):
         self._callable, self._own, self._said = function.call, function.own, function.said
         self._widen_ints = function.widen_ints
         self.name = function.name
-        self.state = call.state
+        self.state, self.device = call.state, call.device
         self._what = call
         self._plain = call.arguments.are_plain()
         self._seeded = False
@@ -361,23 +362,23 @@ class BoundFunction(RootProgram):
         with self._callable.exclusive(), self.state.applied():
             yield
 
-    def deliver(self, tensors: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor]) -> None:
+    def deliver(self, tensors: Sequence[torch.Tensor], buffers: Buffers) -> None:
         # Small calls: most of the time of a call of one small operation would go into finding out that there is nothing
         # to do around it.
         if self._straight is None or not self.state.is_current():
             return super().deliver(tensors, buffers)
-        buffer = buffers[0]
         if self._into is None:
             out = self._straight(*tensors)
         else:
-            with IntoBuffer(*self._into, buffer):
+            with IntoBuffer(*self._into, buffers[0]):
                 out = self._straight(*tensors)
-        if type(out) is not torch.Tensor or out.dtype is not buffer.dtype or out.shape != buffer.shape:
+        expected = self.inferred.outputs[0]
+        if type(out) is not torch.Tensor or out.dtype is not expected.dtype or out.shape != expected.shape:
             self._outputs(list(tensors), out, [])  # says what is wrong
         if any(map(_VERSION, tensors)):
             self.check_inputs(tensors)
-        if out is not buffer:
-            buffer.copy_(out)
+        if not buffers.has(0, out):
+            buffers.copy(0, out)
 
     def _find_straight(self) -> Callable[..., Any] | None:
         """The user's function, where nothing happens between it and JAX: the same inputs, one output."""

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 
+from pytorch2jax._buffers import Buffers
 from pytorch2jax._composite import CompositeNorms
 from pytorch2jax._errors import LoopWarning, NarrowingError, Pytorch2JaxError, UnsupportedTransformError
 from pytorch2jax._inference import Spec
@@ -70,7 +71,7 @@ class Around(NamedTuple):
 
 _Derived = TypeVar("_Derived", bound="Program")
 
-_NARROW_INTS = (torch.int32, torch.uint32)
+_WIDE_INTS = (torch.int64, torch.uint64)
 
 
 class Program(abc.ABC):
@@ -139,23 +140,24 @@ class Program(abc.ABC):
     def abandon(self) -> None:  # noqa: B027
         """An execution in this thread ended with an error: free what it left for others."""
 
-    def deliver(self, tensors: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor]) -> None:
+    def deliver(self, tensors: Sequence[torch.Tensor], buffers: Buffers) -> None:
         """Evaluate, and put the outputs into buffers; arguments as those of `execute`.
 
         Raises:
             NarrowingError: an integer does not fit into what JAX has for it.
         """
-        for index, (value, buffer) in enumerate(zip(self.execute(tensors, buffers), buffers, strict=True)):
-            if value is not buffer:
-                self.put(index, value, buffer)
+        for index, value in enumerate(self.execute(tensors, buffers)):
+            if not buffers.has(index, value):
+                self.put(index, value, buffers)
 
-    def put(self, index: int, value: torch.Tensor, buffer: torch.Tensor) -> None:
-        """Copy an output into a buffer; errors as those of `deliver`."""
-        buffer.copy_(value)
-        if value.dtype is buffer.dtype or buffer.dtype not in _NARROW_INTS:
+    def put(self, index: int, value: torch.Tensor, buffers: Buffers) -> None:
+        """Copy an output into its buffer; errors as those of `deliver`."""
+        buffers.copy(index, value)
+        if value.dtype not in _WIDE_INTS:
             return
+        buffer = buffers[index]
         # On CUDA the check would make the host wait for the device.
-        if not value.is_cuda and not fits(buffer, value):
+        if buffer.dtype is not value.dtype and not value.is_cuda and not fits(buffer, value):
             raise NarrowingError(
                 f"{self.describe()}: output {index}: expected values that fit into {buffer.dtype}, "
                 f"because jax_enable_x64 is off, and got larger ones in a tensor of {value.dtype}. Call "
@@ -170,15 +172,15 @@ class Program(abc.ABC):
     def _bytes(self) -> int:
         return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in (*self.in_specs, *self.out_specs))
 
-    def execute(self, tensors: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor] = ()) -> Tensors:
+    def execute(self, tensors: Sequence[torch.Tensor], buffers: Buffers | None = None) -> Tensors:
         """Evaluate, in the first style that torch supports; which one that is, is remembered.
 
         The caller has turned grad mode off.
 
         Args:
             tensors: the inputs, which may not be written to.
-            buffers: where the caller wants the outputs, if it knows. An output that is computed in place there is
-                the buffer itself; the caller copies the others.
+            buffers: where the caller wants the outputs, if it knows. Those that are computed there are the buffers
+                themselves; the caller copies the others.
         """
         with self.root.session():
             result = self._climb(tensors)
@@ -267,6 +269,7 @@ class RootProgram(Program):
     """A program that calls the user's function, and what every program derived from it needs to know."""
 
     name: str
+    device: torch.device = torch.device("cpu")  # where the arrays are expected
     vmap_randomness: str = "same"
     cuts: bool = False  # torch.no_grad() inside, which torch's forward mode ignores
     shares_tensors: bool = False  # does nothing to its input tensors, as objects, that would outlast a call

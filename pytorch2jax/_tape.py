@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import torch
 
+from pytorch2jax._buffers import Buffers
 from pytorch2jax._inference import Spec
 from pytorch2jax._internals import GradientEdge, alias_with_storage, gradient_edge, storage_address, storage_users
 from pytorch2jax._program import Around, Program, Style, Tensors
@@ -337,7 +338,7 @@ class FromTape(Derived):
     def transposed(self, positions: tuple[int, ...], given: tuple[int, ...]) -> Derived:
         return self.base.transposed(positions, given).derive(FromTape, self.taped)
 
-    def execute(self, tensors: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor] = ()) -> Tensors:
+    def execute(self, tensors: Sequence[torch.Tensor], buffers: Buffers | None = None) -> Tensors:
         number = number_of(tensors[self.where])
         entry = TAPE.take(number)
         inputs = self.without_handle(tensors)
@@ -360,7 +361,7 @@ class FromTape(Derived):
         entry: Entry,
         primals: list[torch.Tensor],
         cotangents: list[torch.Tensor],
-        buffers: Sequence[torch.Tensor],
+        buffers: Buffers | None,
     ) -> Tensors | None:
         assert isinstance(self.base, Vjp)
         entry.operands = primals

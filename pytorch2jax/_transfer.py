@@ -9,10 +9,12 @@ made from an array: pass `copy=True` where that can happen. The functions in `_b
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.extend.backend
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -149,10 +151,20 @@ def check_one_device(call: str, path: str, array: jax.Array) -> None:
 
 def torch_device(array: jax.Array) -> torch.device:
     """The torch device on which a one-device JAX array lies."""
+    if _has_only_host():
+        return _HOST
     device = next(iter(array.devices()))
     if device.platform == "cpu":
-        return torch.device("cpu")
+        return _HOST
     return torch.device("cuda", getattr(device, "local_hardware_id", device.id))
+
+
+_HOST = torch.device("cpu")
+
+
+@functools.cache
+def _has_only_host() -> bool:
+    return set(jax.extend.backend.backends()) <= {"cpu", "interpreter"}
 
 
 def _narrow(tensor: torch.Tensor) -> torch.Tensor:

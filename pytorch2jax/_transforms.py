@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from pytorch2jax._buffers import Buffers
 from pytorch2jax._dtypes import dtype_j2t, is_inexact
 from pytorch2jax._errors import UnsupportedTransformError
 from pytorch2jax._inference import Spec
@@ -358,7 +359,7 @@ def gradients(
     cotangents: Sequence[torch.Tensor],
     *,
     create_graph: bool = False,
-    buffers: Sequence[torch.Tensor] = (),
+    buffers: Buffers | None = None,
 ) -> Tensors:
     """`torch.autograd.grad` with zeros where nothing depends on anything.
 
@@ -378,9 +379,9 @@ def gradients(
     if not live:
         return tuple(torch.zeros_like(i) for i in inputs)
     placed: dict[int, torch.Tensor] = {}
-    for index, (leaf, buffer) in enumerate(zip(inputs, buffers, strict=False)):
-        if leaf.nbytes >= _LARGE and not leaf.is_complex():
-            leaf.register_hook(functools.partial(_place, placed, index, buffer))
+    for index, leaf in enumerate(inputs):
+        if buffers is not None and leaf.nbytes >= _LARGE and not leaf.is_complex():
+            leaf.register_hook(functools.partial(_place, placed, index, buffers[index]))
     where: list[Any] = [o for o, _ in live]
     found = torch.autograd.grad(where, inputs, [c for _, c in live], create_graph=create_graph, allow_unused=True)
     found = tuple(placed.get(index, g) for index, g in enumerate(found))

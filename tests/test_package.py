@@ -114,6 +114,7 @@ ORDER = [
     "_destination",
     "_tracking",
     "_inference",
+    "_buffers",
     "_program",
     "_rng",
     "_arguments",
