@@ -23,6 +23,7 @@ from pytorch2jax._errors import Pytorch2JaxError, TorchCallError
 from pytorch2jax._ffi import lower_host_call
 from pytorch2jax._internals import ExecutionContext, buffer_callback, set_grad_enabled, tensor_from_capsule
 from pytorch2jax._program import Program
+from pytorch2jax._threads import has_several_devices, share_threads
 
 
 def lower_on_host(context: Any, *operands: Any, program: Program) -> Any:
@@ -41,6 +42,7 @@ class _HostCall:
         self._program = program
         self._inputs = [Views(spec) for spec in program.in_specs]
         self._outputs = [Views(spec) for spec in program.out_specs]
+        self._shares_threads = has_several_devices()
         self._shares_tensors = program.root.shares_tensors
 
     def __call__(self, inputs: Sequence[int], outputs: Sequence[int]) -> None:
@@ -52,6 +54,8 @@ class _HostCall:
                     return self(inputs, outputs)
             if recording:
                 set_grad_enabled(False)
+            if self._shares_threads:
+                share_threads()
             tensors = [*map(operator.getitem, self._inputs, inputs)]
             if not self._shares_tensors:
                 tensors = [t.detach() for t in tensors]

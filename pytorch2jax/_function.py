@@ -45,6 +45,7 @@ from pytorch2jax._inference import (
 from pytorch2jax._internals import x64_enabled
 from pytorch2jax._program import Around, Program, RootProgram, Style, Tensors
 from pytorch2jax._rng import seeded
+from pytorch2jax._threads import note_threads
 from pytorch2jax._torch_state import TorchState, capture_torch_state
 from pytorch2jax._transfer import j2t, torch_device
 from pytorch2jax._trees import flatten_output
@@ -157,6 +158,7 @@ class TorchFunction:
         """
         arrays = [*own, *arguments.arrays]
         avals = tuple([x.aval if isinstance(x, jax.Array) else spec_of(x) for x in arrays])
+        note_threads()
         state = capture_torch_state()
         around = (arguments.key, variant, output_key, x64_enabled(), state, _device(arrays))
         program = self._recent.get((around, avals))
@@ -374,7 +376,7 @@ class BoundFunction(RootProgram):
                 out = self._straight(*tensors)
         expected = self.inferred.outputs[0]
         if type(out) is not torch.Tensor or out.dtype is not expected.dtype or out.shape != expected.shape:
-            self._outputs(list(tensors), out, [])  # says what is wrong
+            out = self._outputs(list(tensors), out, [])[0]  # or says what is wrong
         if any(map(_VERSION, tensors)):
             self.check_inputs(tensors)
         if not buffers.has(0, out):

@@ -6,12 +6,16 @@ jax 0.10.2 and torch 2.13.0; written for jax 0.11 and torch 2.11 as well.
 
 from __future__ import annotations
 
+import functools
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.extend.backend
 import jax.extend.core
+import numpy as np
 import torch
 import torch.utils._pytree as torch_pytree
 from jax._src import effects, util
@@ -20,6 +24,7 @@ from jax._src.interpreters import partial_eval as pe
 from jax._src.lib import _jax
 from jax.experimental.buffer_callback import ExecutionContext, buffer_callback
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
 from torch.autograd.graph import GradientEdge
 from torch.autograd.graph import get_gradient_edge as gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,15 +44,18 @@ __all__ = [
     "fake_tensor_mode",
     "flatten_torch_node",
     "gradient_edge",
+    "has_only_host",
     "hold_weakly",
     "is_any_autocast_enabled",
     "is_batched",
     "is_deterministic",
     "is_held_elsewhere",
+    "is_python_thread",
     "is_torch_node",
     "is_turning_grad_off",
     "jit_disabled",
     "mlir",
+    "output_aval",
     "pe",
     "set_grad_enabled",
     "set_vmap_fallback",
@@ -58,6 +66,7 @@ __all__ = [
     "torch_pytree",
     "trace_state_clean",
     "unflatten_torch_node",
+    "vary_together",
     "x64_enabled",
 ]
 
@@ -116,6 +125,38 @@ def fake_tensor_mode() -> Any:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
+def vary_together(arrays: Sequence[Any]) -> Sequence[Any]:
+    """Inside of `jax.shard_map`: the arrays, each varying over all the axes over which one of them does.
+
+    JAX does so for its own operations; gradients of what did not vary are then summed over the axes.
+    """
+    axes = [_varying(jax.typeof(a)) for a in arrays]
+    together: frozenset[Any] = frozenset().union(*axes)
+    if not together:
+        return arrays
+    return [
+        a if own == together else jax.lax.pcast(a, tuple(together - own), to="varying")
+        for a, own in zip(arrays, axes, strict=True)
+    ]
+
+
+def output_aval(shape: tuple[int, ...], dtype: Any, inputs: Sequence[Any]) -> ShapedArray:
+    """What JAX knows of an output; inside of `jax.shard_map` it varies as the inputs do."""
+    if not inputs or not _varying(inputs[0]):
+        return ShapedArray(shape, dtype)
+    sharding = NamedSharding(inputs[0].sharding.mesh, PartitionSpec(*[None] * len(shape)))
+    return ShapedArray(shape, dtype, sharding=sharding, **{_VARYING: getattr(inputs[0], _VARYING)})
+
+
+_VARYING = "manual_axis_type" if hasattr(ShapedArray((), np.dtype("float32")), "manual_axis_type") else "vma"
+
+
+def _varying(aval: Any) -> frozenset[Any]:
+    """The mesh axes over which a value varies."""
+    axes: Any = getattr(aval, _VARYING, frozenset())
+    return frozenset(getattr(axes, "varying", axes))
+
+
 def x64_enabled() -> bool:
     """Whether JAX keeps 64-bit dtypes, in this thread and context."""
     return bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
@@ -136,6 +177,17 @@ def set_vmap_fallback(enabled: bool) -> bool:
 def storage_address(tensor: torch.Tensor) -> int:
     """Where torch keeps the record of a tensor's memory; the same for all views of it."""
     return int(tensor.untyped_storage()._cdata)
+
+
+@functools.cache
+def has_only_host() -> bool:
+    """Whether JAX has no other devices than the host's."""
+    return set(jax.extend.backend.backends()) <= {"cpu", "interpreter"}
+
+
+def is_python_thread() -> bool:
+    """Whether the calling thread was started by Python, and not by XLA."""
+    return threading.get_ident() in threading._active  # type: ignore[attr-defined]
 
 
 def is_held_elsewhere(tensor: torch.Tensor, references: int) -> bool:

@@ -23,7 +23,18 @@ import jax.numpy as jnp
 
 from pytorch2jax._bridge import call_in_xla, lower_on_host
 from pytorch2jax._eager import evaluate
-from pytorch2jax._internals import DRAWS_FROM_TORCH, Primitive, ShapedArray, ad, batching, mlir, pe, trace_state_clean
+from pytorch2jax._internals import (
+    DRAWS_FROM_TORCH,
+    Primitive,
+    ShapedArray,
+    ad,
+    batching,
+    mlir,
+    output_aval,
+    pe,
+    trace_state_clean,
+    vary_together,
+)
 from pytorch2jax._program import Program
 from pytorch2jax._tape import HANDLE, TAPE, FromTape, Taped
 from pytorch2jax._transforms import Derived, Jvp, Vjp, Vmap, inexact_outputs
@@ -36,7 +47,7 @@ def torch_call(program: Program, *arrays: Any) -> list[Any]:
     """Call a program on arrays: the one way into the primitive."""
     if trace_state_clean() and not any(map(_is_tracer, arrays)):
         return _impl(*arrays, program=program)  # where JAX would come to after a while
-    return torch_call_p.bind(*arrays, program=program)
+    return torch_call_p.bind(*vary_together(arrays), program=program)
 
 
 def _is_tracer(array: Any) -> bool:
@@ -65,7 +76,7 @@ torch_call_p.def_impl(_impl)
 
 def _abstract_eval(*avals: Any, program: Program) -> tuple[list[ShapedArray], set[Any]]:
     effects = {DRAWS_FROM_TORCH} if program.draws_from_torch else set()
-    return [ShapedArray(spec.shape, spec.dtype) for spec in program.out_specs], effects
+    return [output_aval(spec.shape, spec.dtype, avals) for spec in program.out_specs], effects
 
 
 torch_call_p.def_effectful_abstract_eval(_abstract_eval)

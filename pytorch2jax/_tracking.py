@@ -58,6 +58,8 @@ class Tracker(TorchDispatchMode):
 
     def maker(self, output: torch.Tensor) -> Maker | None:
         """The operator that made an output, if it left it in C order and nobody has taken a part of it since."""
+        if output.layout != torch.strided:
+            return None
         index, operator, shape = self._makers.get(_storage(output), (0, None, None))
         whole = operator is not None and shape == output.shape and output.is_contiguous()
         return Maker(index, operator) if whole else None
@@ -96,7 +98,8 @@ class Tracker(TorchDispatchMode):
                 if isinstance(tensor, torch.Tensor):
                     self._writers[_storage(tensor)].add(func._schema.name)
         out = func(*args, **kwargs)
-        if isinstance(out, torch.Tensor) and not func._schema.is_mutable and not func.is_view:
+        made = isinstance(out, torch.Tensor) and out.layout == torch.strided
+        if made and not func._schema.is_mutable and not func.is_view:
             self._makers[_storage(out)] = (self.n_operators, func, out.shape)
         self.n_operators += 1
         self._follow(func, _tensors((args, kwargs)), _tensors(out))

@@ -9,19 +9,17 @@ made from an array: pass `copy=True` where that can happen. The functions in `_b
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.extend.backend
 import jax.numpy as jnp
 import numpy as np
 import torch
 
 from pytorch2jax._dtypes import dtype_j2t, dtype_t2j, narrowed
 from pytorch2jax._errors import DeviceError, LeafTypeError, NarrowingError
-from pytorch2jax._internals import x64_enabled
+from pytorch2jax._internals import has_only_host, x64_enabled
 
 _INTEGERS = (torch.int64, torch.uint64)
 
@@ -151,7 +149,7 @@ def check_one_device(call: str, path: str, array: jax.Array) -> None:
 
 def torch_device(array: jax.Array) -> torch.device:
     """The torch device on which a one-device JAX array lies."""
-    if _has_only_host():
+    if has_only_host():
         return _HOST
     device = next(iter(array.devices()))
     if device.platform == "cpu":
@@ -160,11 +158,6 @@ def torch_device(array: jax.Array) -> torch.device:
 
 
 _HOST = torch.device("cpu")
-
-
-@functools.cache
-def _has_only_host() -> bool:
-    return set(jax.extend.backend.backends()) <= {"cpu", "interpreter"}
 
 
 def _narrow(tensor: torch.Tensor) -> torch.Tensor:

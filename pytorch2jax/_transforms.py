@@ -13,6 +13,7 @@ torch takes the adjoint, and `transpose(c) = conj(adjoint(conj(c)))`.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -28,6 +29,11 @@ from pytorch2jax._torch_state import vmap_fallback
 
 _INSIDE = Around(functional=True, differentiated=True)
 RECORDED = Around(functional=False, differentiated=True)
+
+
+# Torch counts the levels of its forward mode in a global variable: of two threads that use it at once, one loses its
+# tangents, without an error (torch 2.13).
+_FORWARD_MODE = threading.RLock()
 
 
 class Derived(Program):
@@ -123,7 +129,7 @@ class Jvp(Derived):
         if style.forward_mode and not around.differentiated:
             call = _restricted(self.base, primals, self.active, self.outputs, style, _INSIDE)
             inputs = tuple(primals[i] for i in self.active)
-            with torch.enable_grad():
+            with _FORWARD_MODE, torch.enable_grad():
                 return tuple(torch.func.jvp(call, inputs, tuple(tangents))[1])
         if around.functional:
             return self._double_functional(primals, tangents, style)

@@ -110,6 +110,7 @@ ORDER = [
     "_transfer",
     "_trees",
     "_torch_state",
+    "_threads",
     "_composite",
     "_destination",
     "_tracking",
