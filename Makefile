@@ -3,9 +3,11 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BENCH_VENV := .venv-bench
+BENCH_STAMP := $(BENCH_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env test lint format demo bench clean
+.PHONY: help env test stress lint format demo bench clean
 
 help: ## Show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -22,6 +24,9 @@ $(STAMP): pyproject.toml constraints.txt
 test: $(STAMP) ## Run the tests
 	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal $(PYTEST_ARGS)
 
+stress: $(STAMP) ## Compare thousands of random programs with the tape and without it (an hour)
+	PYTORCH2JAX_STRESS_PROGRAMS=3000 $(BIN)/python -m pytest tests/test_tape_stress.py $(PYTEST_ARGS)
+
 lint: $(STAMP) ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,8 +39,16 @@ format: $(STAMP) ## Put the code into the house style
 demo: $(STAMP) ## Fine-tune a pretrained torch encoder in Flax; writes demo-output/
 	$(BIN)/python examples/finetune_encoder.py
 
-bench: $(STAMP) ## Measure call overhead; writes benchmarks/results/
-	$(BIN)/python benchmarks/call_overhead.py
+bench: $(BENCH_STAMP) ## Measure beside torch, Flax and others; writes benchmarks/results/
+	$(BENCH_VENV)/bin/python -m benchmarks.run $(BENCH_ARGS)
+
+# Competitors stay out of .venv: one of them compiles C++ at its first use.
+$(BENCH_STAMP): pyproject.toml constraints.txt benchmarks/requirements.txt
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BENCH_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[all]' \
+		--requirement benchmarks/requirements.txt
+	touch $(BENCH_STAMP)
 
 clean: ## Remove the environment and everything generated
-	rm -rf $(VENV) demo-output build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH_VENV) demo-output build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -7,12 +7,13 @@ CUDA device through JAX's own `jax.experimental.buffer_callback`, which knows XL
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 import operator
 import re
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -86,13 +87,27 @@ def _device_call(program: Program) -> Callable[..., None]:
             tensors = [tensor_from_capsule(a.__dlpack__()) for a in arguments]
             buffers = [tensor_from_capsule(r.__dlpack__()) for r in results]
             device = next((t.device for t in (*tensors, *buffers)), None)
-            with torch.no_grad(), torch.cuda.stream(torch.cuda.ExternalStream(context.stream, device=device)):
+            stream = torch.cuda.ExternalStream(context.stream, device=device)
+            with torch.no_grad(), _ordered(stream), torch.cuda.stream(stream):
                 program.deliver(tensors, Buffers(dict(enumerate(buffers))))
         except Exception as error:
             program.abandon()
             raise RuntimeError(_report(program, error)) from None
 
     return run
+
+
+@contextlib.contextmanager
+def _ordered(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Order XLA's stream against torch's current one by events, on the device; the host waits for nothing.
+
+    What torch queued before may write to memory that the arrays share; what it queues afterwards may use memory that
+    is freed here.
+    """
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
+    yield
+    current.wait_stream(stream)
 
 
 # -- errors ---------------------------------------------------------------------------------------------
