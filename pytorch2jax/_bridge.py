@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import itertools
 import operator
 import re
@@ -24,7 +25,7 @@ from pytorch2jax._errors import Pytorch2JaxError, TorchCallError
 from pytorch2jax._ffi import lower_host_call
 from pytorch2jax._internals import ExecutionContext, buffer_callback, set_grad_enabled, tensor_from_capsule
 from pytorch2jax._program import Program
-from pytorch2jax._threads import has_several_devices, share_threads
+from pytorch2jax._threads import on_one_team
 
 
 def lower_on_host(context: Any, *operands: Any, program: Program) -> Any:
@@ -33,7 +34,11 @@ def lower_on_host(context: Any, *operands: Any, program: Program) -> Any:
     Copies: no input; each output once, into the buffer that XLA has for it, or not at all.
     """
     call = _HostCall(program)
-    return lower_host_call(context, *operands, function=call, has_side_effect=program.draws_from_torch)
+    function = call if not program.is_large(_TEAM_BYTES) else lambda *at: on_one_team(functools.partial(call, *at))
+    return lower_host_call(context, *operands, function=function, has_side_effect=program.draws_from_torch)
+
+
+_TEAM_BYTES = 1 << 16  # less is not worth a second thread to torch
 
 
 class _HostCall:
@@ -43,7 +48,6 @@ class _HostCall:
         self._program = program
         self._inputs = [Views(spec) for spec in program.in_specs]
         self._outputs = [Views(spec) for spec in program.out_specs]
-        self._shares_threads = has_several_devices()
         self._shares_tensors = program.root.shares_tensors
 
     def __call__(self, inputs: Sequence[int], outputs: Sequence[int]) -> None:
@@ -55,8 +59,6 @@ class _HostCall:
                     return self(inputs, outputs)
             if recording:
                 set_grad_enabled(False)
-            if self._shares_threads:
-                share_threads()
             tensors = [*map(operator.getitem, self._inputs, inputs)]
             if not self._shares_tensors:
                 tensors = [t.detach() for t in tensors]

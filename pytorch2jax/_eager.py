@@ -23,7 +23,7 @@ from pytorch2jax._internals import array_from_tensor, is_held_elsewhere, jit_dis
 from pytorch2jax._program import Program
 from pytorch2jax._transfer import check_one_device, tensor_at, torch_device
 
-_LARGE_BYTES = 1 << 17
+_LARGE_BYTES = 1 << 21
 """Of inputs and outputs together: from here on a copy takes longer than taking over memory does."""
 
 
@@ -36,7 +36,7 @@ def evaluate(program: Program, arrays: Sequence[Any], staged: Callable[..., Any]
         staged: the program as a JAX function, to be compiled where it goes through XLA.
 
     Copies:
-        Inputs are not copied. Large outputs (with the inputs, more than 128 KiB) are not copied either, if torch has
+        Inputs are not copied. Large outputs (with the inputs, more than 2 MiB) are not copied either, if torch has
         allocated their memory in this call, in C order, and nobody else holds it.
 
     Raises:
@@ -46,7 +46,7 @@ def evaluate(program: Program, arrays: Sequence[Any], staged: Callable[..., Any]
         sharding = getattr(array, "sharding", None)
         if sharding is not None and type(sharding) is not SingleDeviceSharding:
             check_one_device(program.describe(), f"input {index}", array)
-    if program.is_large(_LARGE_BYTES) and _is_on_host(arrays):
+    if program.is_large(_LARGE_BYTES) and not program.computes_in_place and _is_on_host(arrays):
         return _over_dlpack(program, arrays)
     return _through_xla(program, arrays, staged)
 

@@ -45,7 +45,7 @@ from pytorch2jax._inference import (
 from pytorch2jax._internals import x64_enabled
 from pytorch2jax._program import Around, Program, RootProgram, Style, Tensors
 from pytorch2jax._rng import seeded
-from pytorch2jax._threads import note_threads
+from pytorch2jax._threads import note_team_size
 from pytorch2jax._torch_state import TorchState, capture_torch_state
 from pytorch2jax._transfer import j2t, torch_device
 from pytorch2jax._trees import flatten_output
@@ -158,7 +158,7 @@ class TorchFunction:
         """
         arrays = [*own, *arguments.arrays]
         avals = tuple([x.aval if isinstance(x, jax.Array) else spec_of(x) for x in arrays])
-        note_threads()
+        note_team_size()
         state = capture_torch_state()
         around = (arguments.key, variant, output_key, x64_enabled(), state, _device(arrays))
         program = self._recent.get((around, avals))
@@ -194,7 +194,7 @@ class TorchFunction:
 
 _KEPT_PROGRAMS = 256
 _FEW_OPERATORS = 8
-_LARGE_BYTES = 1 << 18
+_LARGE_BYTES = 1 << 22  # of inputs and outputs together; below, the copy comes out of the processor's cache
 _VERSION = operator.attrgetter("_version")
 
 
@@ -283,6 +283,7 @@ class BoundFunction(RootProgram):
         first_state = len(self.out_specs) - len(self.inferred.changed)
         self.constant = frozenset(range(first_state, len(self.out_specs)))
         self._into = self._find_destination()
+        self.computes_in_place = self._into is not None
         changed = [self._tensor_specs[i].path for i in self.inferred.changed]
         trained = [path for path in changed if path.startswith("params.")]
         if trained:

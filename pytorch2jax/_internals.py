@@ -187,7 +187,8 @@ def has_only_host() -> bool:
 
 def is_python_thread() -> bool:
     """Whether the calling thread was started by Python, and not by XLA."""
-    return threading.get_ident() in threading._active  # type: ignore[attr-defined]
+    known = threading._active.get(threading.get_ident())  # type: ignore[attr-defined]
+    return known is not None and not isinstance(known, threading._DummyThread)  # one that has asked for its name
 
 
 def is_held_elsewhere(tensor: torch.Tensor, references: int) -> bool:

@@ -90,6 +90,7 @@ class Program(abc.ABC):
     differentiates: ClassVar[bool] = False  # is itself a derivative
     forward_mode: ClassVar[bool] = False
     batches: ClassVar[bool] = False
+    computes_in_place: bool = False  # large outputs appear in the caller's buffers
     draws_from_torch: ClassVar[bool] = False  # not pure: takes numbers from torch's global generator
 
     def __init__(self, key: tuple[Any, ...]) -> None:

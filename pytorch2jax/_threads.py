@@ -1,60 +1,123 @@
-"""Torch's threads on the host, where XLA calls from several threads of its own.
+"""Torch's threads on the host, where XLA calls from threads of its own.
 
-Each thread that runs torch gets an OpenMP team, as large as the machine, for as long as it lives. One device runs a
-program in the thread that called it, where torch's own team is. Several host devices have a thread each: there the
-team is a share of the machine, so that the teams of all devices together are as large as one was.
-
-The size is set through OpenMP itself, because `torch.set_num_threads` changes it for all threads that begin later.
+Each thread that runs torch gets an OpenMP team as large as the machine, for as long as it lives, and teams that wait
+for each other's cores slow each other down. XLA calls from the thread that called it where it can, and torch's own team
+is there. Where it does not, with several devices or arguments that are still being computed, it calls now from one and
+now from another thread of a pool. Large programs that come from there run in one thread of this library's, one after
+the other, with one team.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import os
+import queue
+import threading
 from collections.abc import Callable
 
-import jax
 import torch
 
 from pytorch2jax._internals import is_python_thread
 
-_home_threads = torch.get_num_threads()
+_PATIENCE_S = 0.5
+_team_size = torch.get_num_threads()
 
 
-def note_threads() -> None:
-    """Remember what the user has set in the calling thread (`torch.set_num_threads`), for XLA's threads to share."""
-    global _home_threads
-    _home_threads = torch.get_num_threads()
+def note_team_size() -> None:
+    """Remember what the user has set in the calling thread (`torch.set_num_threads`), for the worker."""
+    global _team_size
+    _team_size = torch.get_num_threads()
 
 
-def share_threads() -> None:
-    """In a thread of XLA's, one for each of several devices: limit torch to a share of the threads."""
+def on_one_team(call: Callable[[], None]) -> None:
+    """Run `call` here, or in the worker if this is a thread of XLA's.
+
+    It never waits for ever: a call that the worker does not begin in half a second, because another one takes long or
+    waits for this one, runs here, in a single thread.
+    """
     if is_python_thread():
-        return
-    share = max(1, _home_threads // jax.local_device_count())
-    if torch.get_num_threads() != share:  # which also lets torch set up the thread, once
-        set_team_size = _omp_set_num_threads()
-        if set_team_size is not None:
-            set_team_size(share)
+        return call()
+    job = _Job(call)
+    _worker().put(job)
+    if not job.done.acquire(timeout=_PATIENCE_S):
+        if job.claim.acquire(blocking=False):
+            _set_team_size(1)
+            return call()
+        job.done.acquire()
+    if job.error is not None:
+        raise job.error
 
 
-@functools.cache
-def has_several_devices() -> bool:
-    """Whether this process has several devices on the host."""
-    return len(jax.local_devices(backend="cpu")) > 1
+class _Job:
+    """A call for the worker; who has the claim runs it."""
+
+    __slots__ = ("call", "claim", "done", "error")
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self.call = call
+        self.claim, self.done = threading.Lock(), threading.Lock()
+        self.done.acquire()
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        """Run it, if nobody else has begun."""
+        if self.claim.acquire(blocking=False):
+            try:
+                self.call()
+            except BaseException as error:
+                self.error = error
+            finally:
+                self.done.release()
+
+
+def _work(jobs: queue.SimpleQueue[_Job]) -> None:
+    while True:
+        job = jobs.get()
+        _set_team_size(_team_size)
+        job.run()
+        del job  # it holds the program
+
+
+_lock = threading.Lock()
+_jobs: queue.SimpleQueue[_Job] | None = None
+
+
+def _worker() -> queue.SimpleQueue[_Job]:
+    global _jobs
+    with _lock:  # the first calls come all at once
+        if _jobs is None:
+            _jobs = queue.SimpleQueue()
+            threading.Thread(target=_work, args=(_jobs,), name="pytorch2jax", daemon=True).start()
+        return _jobs
+
+
+def _forget_worker() -> None:
+    global _jobs, _lock
+    _jobs, _lock = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_worker)
+
+
+def _set_team_size(size: int) -> None:
+    """Set the size of the calling thread's team, which `torch.set_num_threads` would do for all later threads, too."""
+    if torch.get_num_threads() != size:  # asking also lets torch set up the thread, once
+        set_size = _omp_set_num_threads()
+        if set_size is not None:
+            set_size(size)
 
 
 @functools.cache
 def _omp_set_num_threads() -> Callable[[int], None] | None:
-    """`omp_set_num_threads` of the OpenMP library that torch has loaded; it sets the size for the calling thread."""
+    """`omp_set_num_threads` of the OpenMP library that torch has loaded."""
     try:
         with open("/proc/self/maps") as maps:
             loaded = {line.split(maxsplit=5)[5].strip() for line in maps if "omp" in line}
     except OSError:  # not Linux
         return None
     for path in sorted(loaded):
-        name = path.rsplit("/", 1)[-1]
-        if name.startswith(("libgomp", "libiomp", "libomp")):
+        if path.rsplit("/", 1)[-1].startswith(("libgomp", "libiomp", "libomp")):
             function = ctypes.CDLL(path).omp_set_num_threads
             function.argtypes, function.restype = (ctypes.c_int,), None
             return function

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import pathlib
 import subprocess
@@ -16,7 +17,7 @@ import torch
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pytorch2jax import convert_pytnn_to_jax, torch2jax, use_tape
+from pytorch2jax import _threads, convert_pytnn_to_jax, torch2jax, use_tape
 from pytorch2jax._tape import TAPE
 
 N = 8
@@ -31,11 +32,34 @@ def test_on_eight_devices():
         cwd=pathlib.Path(__file__).parent.parent,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=150,
         check=False,
     )
     assert result.returncode == 0, result.stdout[-5000:]
     assert "no tests ran" not in result.stdout
+
+
+def test_a_worker_that_is_busy_is_not_waited_for():
+    """Else a call that the worker's present one waits for would hang."""
+    release, ran = threading.Event(), []
+
+    def call():
+        ran.append(threading.get_ident())
+        done.set()
+
+    def foreign():  # not one of Python's threads
+        _threads.on_one_team(call)
+
+    for busy in (False, True):
+        done = threading.Event()
+        if busy:
+            _threads._worker().put(_threads._Job(release.wait))
+        _thread.start_new_thread(foreign, ())
+        assert done.wait(60)
+    release.set()
+    assert ran[0] != ran[1]
+    _threads.on_one_team(call)
+    assert ran[2] == threading.get_ident()
 
 
 def layer(x, w):
@@ -118,28 +142,55 @@ if jax.device_count() == N:
         parts = [jax.grad(loss)(params, X[2 * i : 2 * i + 2], keys[i]) for i in range(N)]
         jax.tree.map(lambda g, *p: np.testing.assert_allclose(g, sum(p), rtol=1e-9), got, *parts)
 
-    def test_teams_of_threads_are_shared():
-        """Without this, each of the eight threads of XLA's would have a team as large as the machine."""
-        sizes, threads = [], set()
+    def test_torch_has_one_team_of_threads():
+        """Without the worker, each of the threads of XLA's would have a team as large as the machine."""
+        workers = set()
+
+        def fn(x):
+            workers.add(threading.get_native_id())
+            return torch.sin(x @ x.T) @ x
+
+        x = jax.device_put(jnp.ones((N * 256, 256)), NamedSharding(MESH, P("i")))
+        call = jax.jit(jax.shard_map(torch2jax(fn), mesh=MESH, in_specs=P("i"), out_specs=P("i")))
+        jax.block_until_ready(jax.jit(jax.shard_map(jnp.sin, mesh=MESH, in_specs=P("i"), out_specs=P("i")))(x))
+        before = len(os.listdir("/proc/self/task"))
+        for _ in range(5):
+            jax.block_until_ready(call(x))
+        names = {t.native_id: t.name for t in threading.enumerate()}
+        assert {names[w] for w in workers} <= {"pytorch2jax", "MainThread"}  # which traces
+        # The worker, its team, that of the main thread, and a few that XLA starts late.
+        assert len(os.listdir("/proc/self/task")) - before <= 1 + 2 * torch.get_num_threads() + 4
+
+    def test_the_worker_follows_set_num_threads():
+        sizes = []
 
         def fn(x):
             sizes.append(torch.get_num_threads())
-            threads.add(threading.get_native_id())
             return torch.sin(x @ x.T) @ x
 
-        before = torch.get_num_threads()
         x = jax.device_put(jnp.ones((N * 256, 256)), NamedSharding(MESH, P("i")))
-        call = jax.jit(jax.shard_map(torch2jax(fn), mesh=MESH, in_specs=P("i"), out_specs=P("i")))
-        jax.block_until_ready(call(x))
-        started = len(os.listdir("/proc/self/task"))
-        for _ in range(5):
-            jax.block_until_ready(call(x))
-        foreign = threads - {threading.main_thread().native_id}
-        assert foreign
-        assert min(sizes) == max(1, before // N)
-        assert torch.get_num_threads() == before  # of the caller
-        # XLA may start its own threads late; teams of torch's would be `N * (before - 1)` more.
-        assert len(os.listdir("/proc/self/task")) - started < N
+        mapped = jax.shard_map(torch2jax(fn), mesh=MESH, in_specs=P("i"), out_specs=P("i"))
+        before = torch.get_num_threads()
+        try:
+            for n in (1, 2):
+                torch.set_num_threads(n)
+                call = jax.jit(lambda x: mapped(x) + 0)
+                call(x)
+                sizes.clear()
+                jax.block_until_ready(call(x))
+                assert set(sizes) == {n}
+        finally:
+            torch.set_num_threads(before)
+
+    def test_errors_come_back_from_the_worker():
+        def fn(x):
+            raise KeyError("in the worker")
+
+        shape = jax.ShapeDtypeStruct((256, 256), jnp.float64)
+        f = jax.shard_map(lambda x: torch2jax(fn, output_shapes=shape)(x), mesh=MESH, in_specs=P("i"), out_specs=P("i"))
+        x = jax.device_put(jnp.ones((N * 256, 256)), NamedSharding(MESH, P("i")))
+        with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match="in the worker"):
+            jax.block_until_ready(jax.jit(f)(x))
 
     def test_eager_calls_stay_on_their_device():
         f = torch2jax(lambda x: x + 1)
