@@ -19,7 +19,7 @@ from pytorch2jax._bridge import original_error, torch_call_error
 from pytorch2jax._buffers import Buffers
 from pytorch2jax._dtypes import dtype_j2t
 from pytorch2jax._inference import Spec
-from pytorch2jax._internals import array_from_tensor, is_held_elsewhere, jit_disabled
+from pytorch2jax._internals import array_from_tensor, is_held_elsewhere, jit_disabled, uncommitted
 from pytorch2jax._program import Program
 from pytorch2jax._transfer import check_one_device, tensor_at, torch_device
 
@@ -76,16 +76,13 @@ def _through_xla(program: Program, arrays: Sequence[Any], staged: Callable[..., 
 
 
 def _is_on_host(arrays: Sequence[Any]) -> bool:
-    """Whether the arrays are in this process's memory, and results belong to their device and no other."""
-    several = jax.local_device_count("cpu") > 1
-    committed = False
+    """Whether there are arrays, all of them in the memory of this process."""
     for array in arrays:
         if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
             return False
         if torch_device(array).type != "cpu" or array.sharding.memory_kind not in _HOST_MEMORY:
             return False
-        committed = committed or array.committed
-    return bool(arrays) and (committed or not several)
+    return bool(arrays)
 
 
 _HOST_MEMORY = (None, "device", "unpinned_host")
@@ -96,12 +93,14 @@ def _over_dlpack(program: Program, arrays: Sequence[Any]) -> list[Any]:
         array.block_until_ready()
     addresses = [array.unsafe_buffer_pointer() for array in arrays]
     device = next(iter(arrays[0].devices()))
+    committed = any(array.committed for array in arrays)
     try:
         with torch.inference_mode(False), torch.no_grad():
             tensors = [_tensor(address, spec) for address, spec in zip(addresses, program.in_specs, strict=True)]
             outputs = list(program.execute(tensors))
             del tensors
-            return [_take_over(program, i, outputs, device) for i in range(len(outputs))]
+            results = [_take_over(program, i, outputs, device) for i in range(len(outputs))]
+            return results if committed else list(map(uncommitted, results))
     except Exception as error:
         program.abandon()
         raised = torch_call_error(error)

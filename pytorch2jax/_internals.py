@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.utils._pytree as torch_pytree
 from jax._src import effects, util
+from jax._src.array import ArrayImpl as _ArrayImpl
 from jax._src.core import trace_state_clean
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lib import _jax
@@ -65,6 +66,7 @@ __all__ = [
     "torch_node_type",
     "torch_pytree",
     "trace_state_clean",
+    "uncommitted",
     "unflatten_torch_node",
     "vary_together",
     "x64_enabled",
@@ -84,6 +86,17 @@ def array_from_tensor(tensor: torch.Tensor, device: Any) -> jax.Array:
         return jax.dlpack.from_dlpack(tensor)
     # `jax.dlpack.from_dlpack` takes several times as long, and narrows 64-bit dtypes.
     return _array_from_capsule(torch.utils.dlpack.to_dlpack(tensor), device, None)
+
+
+def uncommitted(array: jax.Array) -> jax.Array:
+    """The same array on the default device, free to follow others to their devices, as results of JAX are.
+
+    DLPack commits arrays to their device; a program with such arguments is compiled again for its own results.
+    """
+    if array.devices() != {jax.devices()[0]} or jax.config.jax_default_device is not None:  # type: ignore[attr-defined]
+        return array
+    arrays: list[Any] = [array]
+    return _ArrayImpl(array.aval, array.sharding, arrays, committed=False, _skip_checks=True)
 
 
 class DrawsFromTorch(jax.extend.core.Effect):

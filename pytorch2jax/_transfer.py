@@ -19,7 +19,7 @@ import torch
 
 from pytorch2jax._dtypes import dtype_j2t, dtype_t2j, narrowed
 from pytorch2jax._errors import DeviceError, LeafTypeError, NarrowingError
-from pytorch2jax._internals import has_only_host, x64_enabled
+from pytorch2jax._internals import has_only_host, uncommitted, x64_enabled
 
 _INTEGERS = (torch.int64, torch.uint64)
 
@@ -66,7 +66,7 @@ def t2j(tensor: torch.Tensor, *, copy: bool = False) -> jax.Array:
         return jnp.zeros(tuple(dense.shape), dtype_t2j(dense.dtype))
     if not dense.is_contiguous():
         dense = dense.contiguous()
-    array = jax.dlpack.from_dlpack(dense)
+    array = uncommitted(jax.dlpack.from_dlpack(dense))
     if copy and dense.data_ptr() == tensor.data_ptr():
         # JAX copies in the background; torch may write to the tensor as soon as this returns.
         array = jax.block_until_ready(jnp.copy(array))
