@@ -408,7 +408,7 @@ def test_default_dtype_is_taken_along():
 
 def test_parameters_follow_others_to_their_device():
     """Arrays over DLPack are committed to a device, so that a training step was compiled twice."""
-    apply, params = convert_pytnn_to_jax(nn.Linear(3, 2))
+    _, params = convert_pytnn_to_jax(nn.Linear(3, 2))
     assert not any(leaf.committed for leaf in jax.tree.leaves(params))
     step = jax.jit(lambda p, n: (jax.tree.map(lambda a: a * 0.9, p), n + 1))
     n = jnp.zeros(())
