@@ -124,4 +124,4 @@ def _take_over(program: Program, index: int, outputs: list[torch.Tensor], device
         buffers = Buffers({index: torch.empty(spec.shape, dtype=dtype)})
         program.put(index, output, buffers)
         output = buffers[index]
-    return array_from_tensor(output, device)
+    return array_from_tensor(output.detach(), device)  # the array must not keep the graph that `output` is part of

@@ -342,8 +342,7 @@ class BoundFunction(RootProgram):
         # Not the numbers of the forward over again.
         return seeded(primals[0].flatten() ^ 0x5DEECE66, host=self.inferred.host_random)
 
-    @contextlib.contextmanager
-    def running_again(self, primals: Sequence[torch.Tensor], active: tuple[int, ...]) -> Iterator[None]:
+    def hold(self, primals: Sequence[torch.Tensor], active: tuple[int, ...]) -> None:
         n_own = len(self._own)
         if n_own:
             leaves = list(primals)
@@ -351,7 +350,6 @@ class BoundFunction(RootProgram):
                 leaves[index] = primals[index].detach().requires_grad_()
             with torch.enable_grad():
                 self._callable.hold(self._prepared(leaves)[0][:n_own], self._what.variant)
-        yield
 
     def compiled_calls(self) -> dict[Any, Callable[..., Any]]:
         function = self._function()

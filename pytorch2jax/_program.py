@@ -293,11 +293,8 @@ class RootProgram(Program):
         """What surrounds a backward pass: random numbers in it, too, come from the key."""
         return contextlib.nullcontext()
 
-    def running_again(
-        self, primals: Sequence[torch.Tensor], active: tuple[int, ...]
-    ) -> contextlib.AbstractContextManager[None]:
-        """What surrounds a backward pass without its forward: `torch.utils.checkpoint` runs parts of it again."""
-        return contextlib.nullcontext()
+    def hold(self, primals: Sequence[torch.Tensor], active: tuple[int, ...]) -> None:
+        """Before a backward pass without its forward: `torch.utils.checkpoint` runs parts of that again."""
 
     def compiled_calls(self) -> dict[Any, Callable[..., Any]]:
         """Where compiled calls outside of jit are kept, for this program and those derived from it."""

@@ -87,18 +87,22 @@ class Skeleton:
             if module.training is not training:  # `forward` may have changed it
                 module.training = training
 
-    @contextlib.contextmanager
-    def exclusive(self) -> Iterator[None]:
+    def exclusive(self) -> Skeleton:
         # The tensors stay in their slots until the derivatives are done: `torch.utils.checkpoint` runs parts
         # of `forward` again during backward.
-        with self._lock:
-            self._depth += 1
-            try:
-                yield
-            finally:
-                self._depth -= 1
-                if self._depth == 0:
-                    self._empty()
+        return self
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._depth += 1
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self._depth -= 1
+            if self._depth == 0:
+                self._empty()
+        finally:
+            self._lock.release()
 
     def _empty(self) -> None:
         for tables, placeholder in zip(self._tables, self._placeholders, strict=True):

@@ -11,6 +11,7 @@ belongs to another call, or where torch refuses to use it, the inputs are there 
 from __future__ import annotations
 
 import collections
+import itertools
 import os
 import threading
 import weakref
@@ -23,7 +24,14 @@ import torch
 
 from pytorch2jax._buffers import Buffers
 from pytorch2jax._inference import Spec
-from pytorch2jax._internals import GradientEdge, alias_with_storage, gradient_edge, storage_address, storage_users
+from pytorch2jax._internals import (
+    GradientEdge,
+    alias_with_storage,
+    gradient_edge,
+    set_grad_enabled,
+    storage_address,
+    storage_users,
+)
 from pytorch2jax._program import Around, Program, Style, Tensors
 from pytorch2jax._transfer import torch_device
 from pytorch2jax._transforms import RECORDED, Derived, Vjp, conjugated, gradients, inexact_outputs, recorded
@@ -110,7 +118,8 @@ class Tape:
         self.last = threading.local()
         self._entries: collections.OrderedDict[int, Entry] = collections.OrderedDict()
         self._evicted: collections.deque[int] = collections.deque(maxlen=_MAX_ENTRIES)
-        self._lock = threading.Lock()
+        # Reentrant: the garbage collector may release a handle, and so an entry, at any time.
+        self._lock = threading.RLock()
         self._bytes = 0
         # Numbers do not begin anew in each process: a handle that went to another one finds nothing there.
         self._number = int.from_bytes(os.urandom(7), "little")
@@ -128,18 +137,21 @@ class Tape:
             self._bytes += entry.size
             kept = entry.program.kept
             kept.append(number)
-            while len(kept) > entry.program.limit:
+            if len(kept) > entry.program.limit:
                 gone.append(self._evict(kept[0]))
-            limit = _memory_limit(entry)
-            while len(self._entries) > 1 and (len(self._entries) > _MAX_ENTRIES or self._bytes > limit):
-                gone.append(self._evict(next(iter(self._entries))))
+            if len(self._entries) > 1:
+                limit = _memory_limit(entry)
+                for oldest in list(itertools.islice(self._entries, len(self._entries) - 1)):
+                    if len(self._entries) <= _MAX_ENTRIES and self._bytes <= limit:
+                        break
+                    gone.append(self._evict(oldest))
         self.last.number = number
         return number
 
     def take(self, number: int) -> Entry | None:
         """Remove an entry and return it, or None if it is not there any more."""
         with self._lock:
-            return self._pop(number) if number in self._entries else None
+            return self._pop(number)
 
     def missed(self, number: int, program: Taped) -> None:
         """A backward pass of this program found nothing; if that was for lack of room, make more."""
@@ -147,14 +159,15 @@ class Tape:
             if number in self._evicted:
                 program.limit = min(program.limit + 1, _MAX_ENTRIES)
 
-    def _evict(self, number: int) -> Entry:
+    def _evict(self, number: int) -> Entry | None:
         self._evicted.append(number)
         return self._pop(number)
 
-    def _pop(self, number: int) -> Entry:
-        entry = self._entries.pop(number)
-        self._bytes -= entry.size
-        entry.program.kept.remove(number)
+    def _pop(self, number: int) -> Entry | None:
+        entry = self._entries.pop(number, None)
+        if entry is not None:
+            self._bytes -= entry.size
+            entry.program.kept.remove(number)
         return entry
 
     def drop_last(self) -> None:
@@ -188,12 +201,19 @@ def _memory_limit(entry: Entry) -> int:
     return _HOST_MEMORY // _MEMORY_SHARE
 
 
-_HOST_MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def _host_memory() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not every system can tell
+        return 16 << 30
+
+
+_HOST_MEMORY = _host_memory()
 
 
 def handle_of(number: int) -> torch.Tensor:
     """A number as `HANDLE`."""
-    return torch.tensor([number & 0xFFFFFFFF, number >> 32], dtype=torch.uint32)
+    return torch.from_numpy(np.array((number & 0xFFFFFFFF, number >> 32), HANDLE.dtype))
 
 
 def number_of(handle: torch.Tensor) -> int:
@@ -233,8 +253,11 @@ class Taped(Derived):
             return (*self.base.run(tensors, style, around), handle_of(0))
         entry = Entry(self)
         entry.addresses = tuple(t.data_ptr() for t in tensors)
-        with torch.enable_grad():
+        set_grad_enabled(True)  # it is off, and a context manager takes longer
+        try:
             results = self._record(entry, tensors, style)
+        finally:
+            set_grad_enabled(False)
         entry.size = self._size or 0
         entry.outputs = tuple(_edge(results[i]) for i in self.outputs)
         self.root.check_inputs(entry.sources or tensors)
@@ -370,10 +393,11 @@ class FromTape(Derived):
         # A backward may write to what it is given, and these are XLA's.
         given = [c.conj().clone() if c.is_complex() else c.clone() for c in cotangents]
         try:
-            with self.root.session(), self.root.running_again(primals, self.base.active), self.root.backward(primals):
+            with self.root.session(), self.root.backward(primals):
+                self.root.hold(primals, self.base.active)
                 return conjugated(gradients(outputs, inputs, given, buffers=buffers))
-        except Exception:  # whatever it is: the computation without the tape meets it, too, or does without
-            self.taped.useless = True
+        except Exception as error:  # whatever it is: the computation without the tape meets it, too, or does without
+            self.taped.useless = not isinstance(error, torch.OutOfMemoryError)
             return None
 
     def run(self, tensors: Sequence[torch.Tensor], style: Style, around: Around) -> Tensors:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import os
 import queue
 import threading
@@ -21,6 +22,8 @@ import torch
 from pytorch2jax._internals import is_python_thread
 
 _PATIENCE_S = 0.5
+_FEW_CALLS = 8
+_calls = itertools.count()  # from XLA's threads
 _team_size = torch.get_num_threads()
 
 
@@ -33,10 +36,17 @@ def note_team_size() -> None:
 def on_one_team(call: Callable[[], None]) -> None:
     """Run `call` here, or in the worker if this is a thread of XLA's.
 
+    The first few calls of XLA's threads run there, in a single thread: with one device there are often no more, and
+    the worker's team, once it is there, slows torch's own team down for good (OpenMP lets its threads spin only as
+    long as there is a core for each).
+
     It never waits for ever: a call that the worker does not begin in half a second, because another one takes long or
     waits for this one, runs here, in a single thread.
     """
     if is_python_thread():
+        return call()
+    if next(_calls) < _FEW_CALLS:
+        _set_team_size(1)
         return call()
     job = _Job(call)
     _worker().put(job)
@@ -97,7 +107,8 @@ def _forget_worker() -> None:
     _jobs, _lock = None, threading.Lock()
 
 
-os.register_at_fork(after_in_child=_forget_worker)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_worker)
 
 
 def _set_team_size(size: int) -> None:

@@ -23,7 +23,7 @@ from pytorch2jax._buffers import Buffers
 from pytorch2jax._dtypes import dtype_j2t, is_inexact
 from pytorch2jax._errors import UnsupportedTransformError
 from pytorch2jax._inference import Spec
-from pytorch2jax._internals import GradientEdge
+from pytorch2jax._internals import GradientEdge, run_backward
 from pytorch2jax._program import Around, Batching, Program, RootProgram, Style, Tensors
 from pytorch2jax._torch_state import vmap_fallback
 
@@ -388,8 +388,12 @@ def gradients(
     for index, leaf in enumerate(inputs):
         if buffers is not None and leaf.nbytes >= _LARGE and not leaf.is_complex():
             leaf.register_hook(functools.partial(_place, placed, index, buffers[index]))
-    where: list[Any] = [o for o, _ in live]
-    found = torch.autograd.grad(where, inputs, [c for _, c in live], create_graph=create_graph, allow_unused=True)
+    where, given = zip(*live, strict=True)
+    found: tuple[torch.Tensor | None, ...]
+    if create_graph:
+        found = torch.autograd.grad(where, inputs, given, create_graph=True, allow_unused=True)
+    else:
+        found = run_backward(where, given, tuple(inputs))
     found = tuple(placed.get(index, g) for index, g in enumerate(found))
     return tuple(_dense(g, i) for g, i in zip(found, inputs, strict=True))
 

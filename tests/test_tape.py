@@ -187,6 +187,35 @@ def test_a_vjp_that_is_never_called_keeps_nothing():
     assert saved[-1]() is None
 
 
+def test_a_result_does_not_keep_the_graph():
+    """A large result of an eager call is torch's own memory, without torch's graph."""
+
+    class Token:
+        pass
+
+    saved = []
+
+    def fn(x):
+        token = Token()
+        saved.append(weakref.ref(token))
+        return HoldsToken.apply(x, token)
+
+    out, pull = jax.vjp(torch2jax(fn), jnp.ones((800, 800)))
+    assert saved[-1]() is not None
+    del pull
+    gc.collect()
+    assert saved[-1]() is None
+    assert out[0, 0] == 2
+
+
+def test_a_handle_that_the_garbage_collector_releases_while_the_tape_is_in_use():
+    _, pull = jax.vjp(torch2jax(layer), X, W)
+    with TAPE._lock:  # as in the middle of `keep`
+        del pull
+        gc.collect()
+    assert len(TAPE) == 0
+
+
 def test_pullbacks_out_of_jit_that_are_never_called_are_bounded():
     forward = jax.jit(lambda x: jax.vjp(torch2jax(layer), x, W))
     for _ in range(50):
