@@ -49,6 +49,7 @@ class _HostCall:
         self._inputs = [Views(spec) for spec in program.in_specs]
         self._outputs = [Views(spec) for spec in program.out_specs]
         self._shares_tensors = program.root.shares_tensors
+        self._first = True
 
     def __call__(self, inputs: Sequence[int], outputs: Sequence[int]) -> None:
         program = self._program
@@ -63,6 +64,9 @@ class _HostCall:
             if not self._shares_tensors:
                 tensors = [t.detach() for t in tensors]
             program.deliver(tensors, HostBuffers(outputs, self._outputs))
+            if self._first:
+                self._first = False
+                self._look_for_attributes(tensors)
         except Exception as error:
             program.abandon()
             for views in self._inputs:  # somebody may have written to one
@@ -71,6 +75,13 @@ class _HostCall:
         finally:
             if recording:
                 set_grad_enabled(True)
+
+    def _look_for_attributes(self, tensors: Sequence[torch.Tensor]) -> None:
+        """A tensor with attributes that a call has set must not be seen by the next one."""
+        if any(vars(tensor) for tensor in tensors):
+            self._shares_tensors = False
+            for views in self._inputs:
+                views.clear()
 
 
 def call_in_xla(program: Program, *arrays: Any) -> tuple[Any, ...]:

@@ -76,11 +76,16 @@ def _through_xla(program: Program, arrays: Sequence[Any], staged: Callable[..., 
 
 
 def _is_on_host(arrays: Sequence[Any]) -> bool:
-    """Whether there are arrays, all of them in the memory of this process."""
+    """Whether there are arrays, all of them in C order in the memory of this process, and on the same device."""
     for array in arrays:
         if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
             return False
         if torch_device(array).type != "cpu" or array.sharding.memory_kind not in _HOST_MEMORY:
+            return False
+        if array.devices() != arrays[0].devices():
+            return False
+        layout = array.format.layout  # type: ignore[attr-defined]
+        if layout is not None and layout.major_to_minor != tuple(range(array.ndim)):
             return False
     return bool(arrays)
 
@@ -98,7 +103,6 @@ def _over_dlpack(program: Program, arrays: Sequence[Any]) -> list[Any]:
         with torch.inference_mode(False), torch.no_grad():
             tensors = [_tensor(address, spec) for address, spec in zip(addresses, program.in_specs, strict=True)]
             outputs = list(program.execute(tensors))
-            del tensors
             results = [_take_over(program, i, outputs, device) for i in range(len(outputs))]
             return results if committed else list(map(uncommitted, results))
     except Exception as error:

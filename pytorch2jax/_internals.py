@@ -213,7 +213,7 @@ def is_python_thread() -> bool:
 
 
 def is_held_elsewhere(tensor: torch.Tensor, references: int) -> bool:
-    """Whether somebody else can reach a tensor's memory.
+    """Whether somebody else can reach a tensor's memory: another tensor, a reference, or its owner outside of torch.
 
     Args:
         tensor: a tensor.
@@ -221,7 +221,8 @@ def is_held_elsewhere(tensor: torch.Tensor, references: int) -> bool:
     """
     here = references + 2  # the argument of this function, and that of getrefcount
     in_cpp: int = tensor._use_count()  # type: ignore[attr-defined]
-    return sys.getrefcount(tensor) > here or in_cpp > 1 or storage_users(tensor) > 1
+    foreign = not tensor.untyped_storage().resizable()  # NumPy's, JAX's, anybody's who lends it to torch
+    return foreign or sys.getrefcount(tensor) > here or in_cpp > 1 or storage_users(tensor) > 1
 
 
 def alias_with_storage(tensor: torch.Tensor) -> torch.Tensor:

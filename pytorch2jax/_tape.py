@@ -34,7 +34,7 @@ from pytorch2jax._internals import (
 )
 from pytorch2jax._program import Around, Program, Style, Tensors
 from pytorch2jax._transfer import torch_device
-from pytorch2jax._transforms import RECORDED, Derived, Vjp, conjugated, gradients, inexact_outputs, recorded
+from pytorch2jax._transforms import RECORDED, Derived, Vjp, conjugated, gradients, inexact_outputs, is_large
 
 HANDLE = Spec((2,), np.dtype("uint32"))
 """What a number on the tape looks like in JAX, with and without 64-bit dtypes; zero is none."""
@@ -271,8 +271,12 @@ class Taped(Derived):
                 if "saved tensor hooks" not in str(error):
                     raise
                 self._hookable = False  # the function calls torch.func.grad and the like
-        entry.inputs, results = recorded(self.base, tensors, self.active, style)
-        return results
+        leaves = {i: tensors[i].detach().requires_grad_() for i in self.active}
+        entry.inputs = tuple(leaves.values())
+        # A large gradient is taken from its leaf by a hook. Where the function's own code differentiates with respect
+        # to what it was given, that must not be the leaf.
+        given = {i: leaf.view_as(leaf) if is_large(leaf) else leaf for i, leaf in leaves.items()}
+        return self.base.run([given.get(i, t) for i, t in enumerate(tensors)], style, RECORDED)
 
     def _record_with_hooks(self, entry: Entry, tensors: Sequence[torch.Tensor], style: Style) -> Tensors:
         sources = list(map(alias_with_storage, tensors))

@@ -336,21 +336,14 @@ def _restricted(
     return call
 
 
-def recorded(
-    program: Program, primals: Sequence[torch.Tensor], active: tuple[int, ...], style: Style
-) -> tuple[Tensors, Tensors]:
-    """Run under autograd: the active inputs as nodes of the graph, and the outputs."""
+def _recorded(program: Jvp | Vjp, primals: Tensors, style: Style) -> tuple[Tensors, Tensors]:
+    """Run the base of a derivative under autograd: its active inputs and chosen outputs, as nodes of one graph."""
     arguments = list(primals)
-    for index in active:
+    for index in program.active:
         primal = primals[index]
         arguments[index] = primal.view_as(primal) if primal.requires_grad else primal.detach().requires_grad_()
-    return tuple(arguments[i] for i in active), program.run(arguments, style, RECORDED)
-
-
-def _recorded(program: Jvp | Vjp, primals: Tensors, style: Style) -> tuple[Tensors, Tensors]:
-    """The active inputs and the chosen outputs of a derivative's base, as nodes of one graph."""
-    inputs, outputs = recorded(program.base, primals, program.active, style)
-    return inputs, tuple(outputs[i] for i in program.outputs)
+    outputs = program.base.run(arguments, style, RECORDED)
+    return tuple(arguments[i] for i in program.active), tuple(outputs[i] for i in program.outputs)
 
 
 def _any_direction(like: torch.Tensor) -> torch.Tensor:
@@ -386,7 +379,7 @@ def gradients(
         return tuple(torch.zeros_like(i) for i in inputs)
     placed: dict[int, torch.Tensor] = {}
     for index, leaf in enumerate(inputs):
-        if buffers is not None and leaf.nbytes >= _LARGE and not leaf.is_complex():
+        if buffers is not None and is_large(leaf):
             leaf.register_hook(functools.partial(_place, placed, index, buffers[index]))
     where, given = zip(*live, strict=True)
     found: tuple[torch.Tensor | None, ...]
@@ -405,6 +398,11 @@ def _dense(gradient: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
 
 
 _LARGE = 1 << 18  # bytes; below, a hook costs more than it saves
+
+
+def is_large(leaf: torch.Tensor) -> bool:
+    """Whether a gradient for this input goes to its buffer as soon as it is there."""
+    return leaf.nbytes >= _LARGE and not leaf.is_complex()
 
 
 def _place(

@@ -204,3 +204,11 @@ if jax.device_count() == N:
                 assert out.devices() == {device}
             assert f(x).devices() == {jax.devices()[0]}
             assert not f(x).committed
+
+    @pytest.mark.parametrize("n", [4, 640_000])
+    def test_eager_calls_with_arguments_on_several_devices(n):
+        f = torch2jax(lambda a, b: (a + b, a.sum()))
+        a, (first, second) = jnp.ones(n), jax.devices()[:2]
+        assert f(a, jax.device_put(a, second))[0].devices() == {second}
+        with pytest.raises(ValueError, match="incompatible devices"):
+            f(jax.device_put(a, first), jax.device_put(a, second))
