@@ -6,7 +6,6 @@ XLA, torch reads the arrays where they are, and JAX takes over the memory that t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,12 +15,11 @@ import torch
 from jax.sharding import SingleDeviceSharding
 
 from pytorch2jax._bridge import original_error, torch_call_error
-from pytorch2jax._buffers import Buffers
+from pytorch2jax._buffers import Buffers, Views
 from pytorch2jax._dtypes import dtype_j2t
-from pytorch2jax._inference import Spec
 from pytorch2jax._internals import array_from_tensor, is_held_elsewhere, jit_disabled, uncommitted
 from pytorch2jax._program import Program
-from pytorch2jax._transfer import check_one_device, tensor_at, torch_device
+from pytorch2jax._transfer import check_one_device, torch_device
 
 _LARGE_BYTES = 1 << 21
 """Of inputs and outputs together: from here on a copy takes longer than taking over memory does."""
@@ -101,7 +99,7 @@ def _over_dlpack(program: Program, arrays: Sequence[Any]) -> list[Any]:
     committed = any(array.committed for array in arrays)
     try:
         with torch.inference_mode(False), torch.no_grad():
-            tensors = [_tensor(address, spec) for address, spec in zip(addresses, program.in_specs, strict=True)]
+            tensors = [Views(spec)[at] for at, spec in zip(addresses, program.in_specs, strict=True)]
             outputs = list(program.execute(tensors))
             results = [_take_over(program, i, outputs, device) for i in range(len(outputs))]
             return results if committed else list(map(uncommitted, results))
@@ -109,11 +107,6 @@ def _over_dlpack(program: Program, arrays: Sequence[Any]) -> list[Any]:
         program.abandon()
         raised = torch_call_error(error)
     raise raised
-
-
-def _tensor(address: int, spec: Spec) -> torch.Tensor:
-    dtype = dtype_j2t(spec.dtype)
-    return tensor_at(address, math.prod(spec.shape) * dtype.itemsize, dtype, spec.shape)
 
 
 def _take_over(program: Program, index: int, outputs: list[torch.Tensor], device: Any) -> jax.Array:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from jax.experimental.layout import Format, Layout
 
-from pytorch2jax import TorchCallError, _eager, _ffi, _function, convert_pytnn_to_jax, torch2jax, use_tape
+from pytorch2jax import TorchCallError, _buffers, _eager, _ffi, _function, convert_pytnn_to_jax, torch2jax, use_tape
 from pytorch2jax._program import Program
 
 SMALL, LARGE = jnp.linspace(0.0, 1.0, 6).reshape(2, 3), jnp.linspace(0.0, 1.0, 640_000).reshape(800, 800)
@@ -154,8 +154,8 @@ def address(array):
 
 def test_large_eager_calls_copy_nothing(monkeypatch):
     given, made = [], []
-    tensor_at, array_from_tensor = _eager.tensor_at, _eager.array_from_tensor
-    monkeypatch.setattr(_eager, "tensor_at", lambda at, *spec: given.append(at) or tensor_at(at, *spec))
+    tensor_at, array_from_tensor = _buffers.tensor_at, _eager.array_from_tensor
+    monkeypatch.setattr(_buffers, "tensor_at", lambda at, *spec: given.append(at) or tensor_at(at, *spec))
     monkeypatch.setattr(
         _eager, "array_from_tensor", lambda t, device: made.append(t.data_ptr()) or array_from_tensor(t, device)
     )

@@ -167,28 +167,8 @@ class HoldsToken(torch.autograd.Function):
         return grad * 2, None
 
 
-def test_a_vjp_that_is_never_called_keeps_nothing():
-    class Token:
-        pass
-
-    saved = []
-
-    def fn(x):
-        token = Token()
-        saved.append(weakref.ref(token))
-        return HoldsToken.apply(x.exp(), token)
-
-    _, pull = jax.vjp(torch2jax(fn), X)
-    assert len(TAPE) == 1
-    assert saved[-1]() is not None
-    del pull
-    gc.collect()
-    assert len(TAPE) == 0
-    assert saved[-1]() is None
-
-
-def test_a_result_does_not_keep_the_graph():
-    """A large result of an eager call is torch's own memory, without torch's graph."""
+def holding_tokens():
+    """A function whose graphs each hold a token, and weak references to the tokens."""
 
     class Token:
         pass
@@ -200,6 +180,23 @@ def test_a_result_does_not_keep_the_graph():
         saved.append(weakref.ref(token))
         return HoldsToken.apply(x, token)
 
+    return fn, saved
+
+
+def test_a_vjp_that_is_never_called_keeps_nothing():
+    fn, saved = holding_tokens()
+    _, pull = jax.vjp(torch2jax(fn), X)
+    assert len(TAPE) == 1
+    assert saved[-1]() is not None
+    del pull
+    gc.collect()
+    assert len(TAPE) == 0
+    assert saved[-1]() is None
+
+
+def test_a_result_does_not_keep_the_graph():
+    """A large result of an eager call is torch's own memory, without torch's graph."""
+    fn, saved = holding_tokens()
     out, pull = jax.vjp(torch2jax(fn), jnp.ones((800, 800)))
     assert saved[-1]() is not None
     del pull
