@@ -51,13 +51,15 @@ class Buffers:
     def __getitem__(self, index: int) -> torch.Tensor:
         return self._tensors[index]
 
-    def has(self, index: int, value: torch.Tensor) -> bool:
-        """Whether an output is in its buffer already, because it is the buffer."""
-        return self._tensors.get(index) is value
-
     def copy(self, index: int, value: torch.Tensor) -> None:
-        """Copy an output of the right shape into its buffer, converting its dtype."""
-        self[index].copy_(value)
+        """Copy an output of the right shape into its buffer, converting its dtype, if it is not the buffer itself."""
+        buffer = self[index]
+        if buffer is not value:
+            buffer.copy_(value)
+
+    def put_words(self, index: int, low: int, high: int) -> None:
+        """Set an output of two 32-bit words."""
+        self[index].copy_(torch.tensor((low, high), dtype=torch.uint32))
 
 
 class HostBuffers(Buffers):
@@ -77,6 +79,15 @@ class HostBuffers(Buffers):
         views = self._views[index]
         plain = views.small and value.dtype is views.dtype and value.is_contiguous() and not value.is_neg()
         if plain and value.nbytes == views.n_bytes:
-            ctypes.memmove(self._addresses[index], value.data_ptr(), views.n_bytes)
+            address, source = self._addresses[index], value.data_ptr()
+            if source != address:
+                ctypes.memmove(address, source, views.n_bytes)
         else:
-            self[index].copy_(value)
+            super().copy(index, value)
+
+    def put_words(self, index: int, low: int, high: int) -> None:
+        words = _TwoWords.from_address(self._addresses[index])
+        words[0], words[1] = low, high
+
+
+_TwoWords = ctypes.c_uint32 * 2

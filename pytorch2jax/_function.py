@@ -13,7 +13,7 @@ import functools
 import operator
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -235,6 +235,7 @@ class BoundFunction(RootProgram):
         self.state, self.device = call.state, call.device
         self._what = call
         self._plain = call.arguments.are_plain()
+        self._itself = self._callable.plain_function()
         self._seeded = False
         self.in_specs = specs
         self._set_dtypes()
@@ -278,7 +279,7 @@ class BoundFunction(RootProgram):
         n_own = len(self._own)
         kept = range(n_own, len(self._tensor_specs)) if self.inferred.retains else ()
         self._copied = tuple(sorted(self.inferred.written.union(kept)))
-        self._straight = self._find_straight()
+        self.is_straight = self._find_whether_straight()
         self.out_specs = self.inferred.specs
         first_state = len(self.out_specs) - len(self.inferred.changed)
         self.constant = frozenset(range(first_state, len(self.out_specs)))
@@ -323,7 +324,7 @@ class BoundFunction(RootProgram):
             program = copy.copy(self)
             Program.__init__(program, (*self._key, *key))
             program._seeded = True
-            program._straight = None
+            program.is_straight = False
             program.vmap_randomness = "same" if shared else "different"
             program.in_specs = (Spec((size,), np.dtype("uint32")), *self.in_specs)
             self._derived[key] = program
@@ -342,14 +343,16 @@ class BoundFunction(RootProgram):
         # Not the numbers of the forward over again.
         return seeded(primals[0].flatten() ^ 0x5DEECE66, host=self.inferred.host_random)
 
-    def hold(self, primals: Sequence[torch.Tensor], active: tuple[int, ...]) -> None:
+    def hold(self, primals: Sequence[torch.Tensor], leaves: Mapping[int, torch.Tensor]) -> None:
         n_own = len(self._own)
         if n_own:
-            leaves = list(primals)
-            for index in active:
-                leaves[index] = primals[index].detach().requires_grad_()
-            with torch.enable_grad():
-                self._callable.hold(self._prepared(leaves)[0][:n_own], self._what.variant)
+            inputs = list(primals)
+            for index, leaf in leaves.items():
+                inputs[index] = leaf
+            if self._converts:
+                with torch.enable_grad():
+                    inputs = self._prepared(inputs)[0]
+            self._callable.hold(inputs[:n_own], self._what.variant)
 
     def compiled_calls(self) -> dict[Any, Callable[..., Any]]:
         function = self._function()
@@ -366,28 +369,35 @@ class BoundFunction(RootProgram):
     def deliver(self, tensors: Sequence[torch.Tensor], buffers: Buffers) -> None:
         # Small calls: most of the time of a call of one small operation would go into finding out that there is nothing
         # to do around it.
-        if self._straight is None or not self.state.is_current():
+        if not self.is_straight or self._needs_grad is not False or not self.state.is_current():
             return super().deliver(tensors, buffers)
         if self._into is None:
-            out = self._straight(*tensors)
+            out = self.call_straight(tensors)
         else:
             with IntoBuffer(*self._into, buffers[0]):
-                out = self._straight(*tensors)
-        expected = self.inferred.outputs[0]
-        if type(out) is not torch.Tensor or out.dtype is not expected.dtype or out.shape != expected.shape:
-            out = self._outputs(list(tensors), out, [])[0]  # or says what is wrong
-        if any(map(_VERSION, tensors)):
-            self.check_inputs(tensors)
-        if not buffers.has(0, out):
-            buffers.copy(0, out)
+                out = self.call_straight(tensors)
+        self.check_inputs(tensors)
+        buffers.copy(0, out)
 
-    def _find_straight(self) -> Callable[..., Any] | None:
-        """The user's function, where nothing happens between it and JAX: the same inputs, one output."""
+    def _find_whether_straight(self) -> bool:
         inferred = self.inferred
-        converts = self._seeded or self._widened or self._n_held or self._copied or not self._plain
-        special = not inferred.certain or inferred.needs_grad is not False or inferred.tree.kind != "leaf"
-        special = special or self._out_dtypes[0] is not inferred.outputs[0].dtype
-        return None if converts or special else self._callable.plain_function()
+        same_inputs = self._plain and not self._converts
+        one_output = inferred.tree.kind == "leaf" and not inferred.changed
+        return same_inputs and one_output and inferred.certain and self._out_dtypes[0] is inferred.outputs[0].dtype
+
+    def call_straight(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The output for these inputs of the program, if it `is_straight` and torch's state is current."""
+        if self._itself is not None:
+            out, changed = self._itself(*tensors), False
+        else:
+            own = list(tensors[: len(self._own)])
+            with self._callable.exclusive():
+                out, after = self._callable(own, self._what.variant, tensors[len(own) :], {})
+            changed = any(map(operator.is_not, after, own))
+        expected = self.inferred.outputs[0]
+        if changed or type(out) is not torch.Tensor or out.dtype is not expected.dtype or out.shape != expected.shape:
+            out = self._outputs(list(tensors), out, after if changed else [])[0]  # or says what is wrong
+        return out
 
     def _find_destination(self) -> tuple[Maker, Any] | None:
         """The operator that can write its result into XLA's buffer, where that pays."""
@@ -413,6 +423,11 @@ class BoundFunction(RootProgram):
             )
         return outputs
 
+    @property
+    def _converts(self) -> bool:
+        """Whether the callable gets something else than the inputs of the program."""
+        return bool(self._seeded or self._widened or self._n_held or self._copied)
+
     def _prepared(self, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """What the callable gets for these inputs of the program, and the seed."""
         inputs = list(tensors)
@@ -431,7 +446,7 @@ class BoundFunction(RootProgram):
         """Complain about inputs that were written to though nobody expected it; from now on all are copied."""
         if any(map(_VERSION, tensors)):
             self._copied = tuple(range(len(self._tensor_specs)))
-            self._straight = None
+            self.is_straight = False
             first = next(i for i, tensor in enumerate(tensors) if tensor._version)
             raise StateError(
                 f"{self.name}: wrote to an input in place (input {first}), which it did not when it was traced: the "

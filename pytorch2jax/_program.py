@@ -13,7 +13,7 @@ import enum
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -23,7 +23,7 @@ from pytorch2jax._composite import CompositeNorms
 from pytorch2jax._errors import LoopWarning, NarrowingError, Pytorch2JaxError, UnsupportedTransformError
 from pytorch2jax._inference import Spec
 from pytorch2jax._internals import hold_weakly
-from pytorch2jax._torch_state import differentiable_kernels
+from pytorch2jax._torch_state import TorchState, differentiable_kernels
 from pytorch2jax._transfer import fits
 
 Tensors = tuple[torch.Tensor, ...]
@@ -148,11 +148,10 @@ class Program(abc.ABC):
             NarrowingError: an integer does not fit into what JAX has for it.
         """
         for index, value in enumerate(self.execute(tensors, buffers)):
-            if not buffers.has(index, value):
-                self.put(index, value, buffers)
+            self.put(index, value, buffers)
 
     def put(self, index: int, value: torch.Tensor, buffers: Buffers) -> None:
-        """Copy an output into its buffer; errors as those of `deliver`."""
+        """Copy an output into its buffer, if it is not there; errors as those of `deliver`."""
         buffers.copy(index, value)
         if value.dtype not in _WIDE_INTS:
             return
@@ -274,6 +273,8 @@ class RootProgram(Program):
     vmap_randomness: str = "same"
     cuts: bool = False  # torch.no_grad() inside, which torch's forward mode ignores
     shares_tensors: bool = False  # does nothing to its input tensors, as objects, that would outlast a call
+    state: TorchState  # what surrounds each call
+    is_straight: bool = False  # nothing happens between JAX and the user's function: the same inputs, one output
 
     @property
     def root(self) -> RootProgram:
@@ -293,8 +294,17 @@ class RootProgram(Program):
         """What surrounds a backward pass: random numbers in it, too, come from the key."""
         return contextlib.nullcontext()
 
-    def hold(self, primals: Sequence[torch.Tensor], active: tuple[int, ...]) -> None:
-        """Before a backward pass without its forward: `torch.utils.checkpoint` runs parts of that again."""
+    def hold(self, primals: Sequence[torch.Tensor], leaves: Mapping[int, torch.Tensor]) -> None:
+        """Before a backward pass without its forward: `torch.utils.checkpoint` runs parts of that again.
+
+        Args:
+            primals: the inputs.
+            leaves: those that require gradients, by their numbers.
+        """
+
+    def call_straight(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The output, if the program `is_straight`; the caller looks after torch's state, grad mode and versions."""
+        raise NotImplementedError(f"{self.describe()} is not straight")
 
     def compiled_calls(self) -> dict[Any, Callable[..., Any]]:
         """Where compiled calls outside of jit are kept, for this program and those derived from it."""

@@ -90,7 +90,7 @@ class Entry:
         self.program = program
         self.inputs: Tensors = ()
         self.outputs: tuple[GradientEdge | None, ...] = ()
-        self.addresses: tuple[int, ...] = ()
+        self.addresses: list[int] = []
         self.operands: Sequence[torch.Tensor] = ()
         self.sources: Sequence[torch.Tensor] = ()
         self.size = 0
@@ -102,8 +102,11 @@ class Entry:
         An operand of the backward pass has the value that it had in the forward pass. If it also has the same
         address, then all views of it are good, whoever holds them. Without views it may be anywhere.
         """
-        moved = [i for i, p in enumerate(primals) if p.data_ptr() != self.addresses[i]]
-        return not moved or (bool(self.sources) and not any(map(self._has_views, moved)))
+        addresses = [p.data_ptr() for p in primals]
+        if addresses == self.addresses:
+            return True
+        moved = [i for i, (now, then) in enumerate(zip(addresses, self.addresses, strict=True)) if now != then]
+        return bool(self.sources) and not any(map(self._has_views, moved))
 
     def _has_views(self, index: int) -> bool:
         """Whether somebody holds views of an input besides autograd: a hand-written backward, a checkpoint."""
@@ -213,7 +216,11 @@ _HOST_MEMORY = _host_memory()
 
 def handle_of(number: int) -> torch.Tensor:
     """A number as `HANDLE`."""
-    return torch.from_numpy(np.array((number & 0xFFFFFFFF, number >> 32), HANDLE.dtype))
+    return torch.from_numpy(np.array(_words_of(number), HANDLE.dtype))
+
+
+def _words_of(number: int) -> tuple[int, int]:
+    return number & 0xFFFFFFFF, number >> 32
 
 
 def number_of(handle: torch.Tensor) -> int:
@@ -235,6 +242,9 @@ class Taped(Derived):
         super().__init__(base, active)
         self.active = active
         self.outputs = inexact_outputs(base)
+        # A large gradient is taken from its leaf by a hook. What the function is given is then not the leaf, but a view
+        # of it, because its own code may differentiate with respect to that.
+        self.large = [i for i in active if is_large(base.in_specs[i])]
         self.in_specs = base.in_specs
         self.out_specs = (*base.out_specs, HANDLE)
         self.constant = base.constant
@@ -252,7 +262,7 @@ class Taped(Derived):
         if self.useless or not TAPE.enabled:
             return (*self.base.run(tensors, style, around), handle_of(0))
         entry = Entry(self)
-        entry.addresses = tuple(t.data_ptr() for t in tensors)
+        entry.addresses = [t.data_ptr() for t in tensors]
         set_grad_enabled(True)  # it is off, and a context manager takes longer
         try:
             results = self._record(entry, tensors, style)
@@ -263,20 +273,50 @@ class Taped(Derived):
         self.root.check_inputs(entry.sources or tensors)
         return (*results, handle_of(TAPE.keep(entry)))
 
+    def deliver(self, tensors: Sequence[torch.Tensor], buffers: Buffers) -> None:
+        # The same as `run`, without what surrounds it: for small calls, after the first one.
+        root = self.root
+        straight = root.is_straight and self.base is root and self._style == 0
+        straight = straight and not (self.useless or self._wants_hooks())
+        if not (straight and TAPE.enabled and root.state.is_current()):
+            return super().deliver(tensors, buffers)
+        entry = Entry(self)
+        entry.addresses = [t.data_ptr() for t in tensors]
+        set_grad_enabled(True)
+        try:
+            out = root.call_straight(self._with_leaves(entry, tensors))
+        finally:
+            set_grad_enabled(False)
+        root.check_inputs(tensors)
+        entry.size = self._size or 0
+        entry.outputs = (_edge(out),)
+        buffers.copy(0, out)
+        buffers.put_words(1, *_words_of(TAPE.keep(entry)))
+
+    def _wants_hooks(self) -> bool:
+        return self._hookable and (self.hooks or self._size is None)
+
     def _record(self, entry: Entry, tensors: Sequence[torch.Tensor], style: Style) -> Tensors:
-        if self._hookable and (self.hooks or self._size is None):
+        if self._wants_hooks():
             try:
                 return self._record_with_hooks(entry, tensors, style)
             except RuntimeError as error:
                 if "saved tensor hooks" not in str(error):
                     raise
                 self._hookable = False  # the function calls torch.func.grad and the like
-        leaves = {i: tensors[i].detach().requires_grad_() for i in self.active}
-        entry.inputs = tuple(leaves.values())
-        # A large gradient is taken from its leaf by a hook. Where the function's own code differentiates with respect
-        # to what it was given, that must not be the leaf.
-        given = {i: leaf.view_as(leaf) if is_large(leaf) else leaf for i, leaf in leaves.items()}
-        return self.base.run([given.get(i, t) for i, t in enumerate(tensors)], style, RECORDED)
+        return self.base.run(self._with_leaves(entry, tensors), style, RECORDED)
+
+    def _with_leaves(self, entry: Entry, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The inputs, the active ones as leaves of a new graph."""
+        given, leaves = list(tensors), []
+        for index in self.active:
+            leaf = tensors[index].detach().requires_grad_()
+            leaves.append(leaf)
+            given[index] = leaf
+        for index in self.large:
+            given[index] = given[index].view_as(given[index])
+        entry.inputs = tuple(leaves)
+        return given
 
     def _record_with_hooks(self, entry: Entry, tensors: Sequence[torch.Tensor], style: Style) -> Tensors:
         sources = list(map(alias_with_storage, tensors))
@@ -357,6 +397,12 @@ class FromTape(Derived):
         self.in_specs = (*base.in_specs[: self.where], HANDLE, *base.in_specs[self.where :])
         self.out_specs = base.out_specs
         self.n_linear = base.n_linear
+        self._is_complex = any(spec.dtype.kind == "c" for spec in (*self.in_specs, *self.out_specs))
+        self._is_backward = isinstance(base, Vjp)
+        if isinstance(base, Vjp):  # where its outputs and inputs are among those of the graph
+            self._of_outputs = [taped.outputs.index(i) for i in base.outputs]
+            self._of_inputs = [taped.active.index(i) for i in base.active]
+            self._large = [k for k, i in enumerate(base.active) if i in taped.large]
 
     def without_handle(self, inputs: Sequence[Any]) -> list[Any]:
         """The inputs of the derivative itself."""
@@ -368,41 +414,50 @@ class FromTape(Derived):
     def execute(self, tensors: Sequence[torch.Tensor], buffers: Buffers | None = None) -> Tensors:
         number = number_of(tensors[self.where])
         entry = TAPE.take(number)
-        inputs = self.without_handle(tensors)
-        if isinstance(self.base, Vjp):
+        if self._is_backward:
             if entry is None:
                 TAPE.missed(number, self.taped)
             elif entry.program is self.taped:
-                primals = inputs[: self.where]
+                primals = tensors[: self.where]
                 if not entry.fits(primals):
                     self.taped.hooks = True
                 else:
-                    pulled = self._pull(entry, primals, inputs[self.where :], buffers)
+                    pulled = self._pull(entry, primals, tensors[self.where + 1 :], buffers)
                     if pulled is not None:
                         return pulled
             del entry
-        return self.base.execute(inputs, buffers)
+        return self.base.execute(self.without_handle(tensors), buffers)
 
     def _pull(
         self,
         entry: Entry,
-        primals: list[torch.Tensor],
-        cotangents: list[torch.Tensor],
+        primals: Sequence[torch.Tensor],
+        cotangents: Sequence[torch.Tensor],
         buffers: Buffers | None,
     ) -> Tensors | None:
-        assert isinstance(self.base, Vjp)
+        root = self.root
         entry.operands = primals
-        outputs = [entry.outputs[self.taped.outputs.index(i)] for i in self.base.outputs]
-        inputs = [entry.inputs[self.taped.active.index(i)] for i in self.base.active]
+        outputs = [entry.outputs[i] for i in self._of_outputs]
+        inputs = [entry.inputs[i] for i in self._of_inputs]
         # A backward may write to what it is given, and these are XLA's.
-        given = [c.conj().clone() if c.is_complex() else c.clone() for c in cotangents]
+        given = [c.clone() for c in (conjugated(cotangents) if self._is_complex else cotangents)]
         try:
-            with self.root.session(), self.root.backward(primals):
-                self.root.hold(primals, self.base.active)
-                return conjugated(gradients(outputs, inputs, given, buffers=buffers))
+            with root.session(), root.backward(primals):
+                root.hold(primals, self._leaves(entry, primals))
+                destinations = {i: buffers[i] for i in self._large} if buffers is not None and self._large else None
+                pulled = gradients(outputs, inputs, given, destinations=destinations)
+                return conjugated(pulled) if self._is_complex else pulled
         except Exception as error:  # whatever it is: the computation without the tape meets it, too, or does without
             self.taped.useless = not isinstance(error, torch.OutOfMemoryError)
             return None
+
+    def _leaves(self, entry: Entry, primals: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
+        """What a backward finds in the module's slots where it looks there: tensors that require gradients."""
+        # The graph's own, unless these are elsewhere by now, or have a hook that is meant for the graph.
+        leaves = dict(zip(self.taped.active, entry.inputs, strict=True))
+        for index in self.taped.active if entry.sources else self.taped.large:
+            leaves[index] = primals[index].detach().requires_grad_()
+        return leaves
 
     def run(self, tensors: Sequence[torch.Tensor], style: Style, around: Around) -> Tensors:
         return self.base.run(self.without_handle(tensors), style, around)

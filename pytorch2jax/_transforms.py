@@ -13,17 +13,17 @@ torch takes the adjoint, and `transpose(c) = conj(adjoint(conj(c)))`.
 from __future__ import annotations
 
 import functools
+import math
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from pytorch2jax._buffers import Buffers
 from pytorch2jax._dtypes import dtype_j2t, is_inexact
 from pytorch2jax._errors import UnsupportedTransformError
 from pytorch2jax._inference import Spec
-from pytorch2jax._internals import GradientEdge, run_backward
+from pytorch2jax._internals import GradientEdge, flat_vmap, run_backward
 from pytorch2jax._program import Around, Batching, Program, RootProgram, Style, Tensors
 from pytorch2jax._torch_state import vmap_fallback
 
@@ -264,16 +264,16 @@ class Vmap(Derived):
             device = tensors[0].device
             return tuple(torch.zeros(s.shape, dtype=dtype_j2t(s.dtype), device=device) for s in self.out_specs)
         if style.batching is not Batching.LOOP:
-            dims = tuple(0 if dim is None else dim for dim in self.out_dims)
             inside = around._replace(functional=True)
-            batched = torch.vmap(
-                lambda *inputs: self.base.run(inputs, style, inside),
-                in_dims=self.in_dims,
-                out_dims=dims,
-                randomness=self.root.vmap_randomness,
-            )
             with vmap_fallback(style.batching is Batching.FALLBACK):
-                outputs = batched(*tensors)
+                outputs = flat_vmap(
+                    lambda inputs: self.base.run(inputs, style, inside),
+                    tensors,
+                    self.in_dims,
+                    [dim or 0 for dim in self.out_dims],
+                    self.size,
+                    self.root.vmap_randomness,
+                )
             return tuple(o.sum(0) if d is None else o for o, d in zip(outputs, self.out_dims, strict=True))
         rows = [
             self.base.run(
@@ -358,7 +358,7 @@ def gradients(
     cotangents: Sequence[torch.Tensor],
     *,
     create_graph: bool = False,
-    buffers: Buffers | None = None,
+    destinations: Mapping[int, torch.Tensor] | None = None,
 ) -> Tensors:
     """`torch.autograd.grad` with zeros where nothing depends on anything.
 
@@ -367,42 +367,43 @@ def gradients(
         inputs: what to differentiate with respect to.
         cotangents: one for each output.
         create_graph: record the backward pass, too.
-        buffers: where the caller wants the gradients. A large one is copied there as soon as torch has computed it,
-            while it is in the processor's cache; then its memory is free for the next one, and the buffer is returned.
+        destinations: where the caller wants some of the gradients, by the number of the input. They are copied there
+            as soon as torch has computed them, while they are in the processor's cache; then their memory is free for
+            the next ones, and what is returned is the buffer.
     """
-    live = [
-        (o, c)
-        for o, c in zip(outputs, cotangents, strict=True)
-        if o is not None and (not isinstance(o, torch.Tensor) or o.requires_grad)
-    ]
-    if not live:
+    where: list[Any] = []
+    given: list[torch.Tensor] = []
+    for output, cotangent in zip(outputs, cotangents, strict=True):
+        if output is not None and (not isinstance(output, torch.Tensor) or output.requires_grad):
+            where.append(output)
+            given.append(cotangent)
+    if not where:
         return tuple(torch.zeros_like(i) for i in inputs)
     placed: dict[int, torch.Tensor] = {}
-    for index, leaf in enumerate(inputs):
-        if buffers is not None and is_large(leaf):
-            leaf.register_hook(functools.partial(_place, placed, index, buffers[index]))
-    where, given = zip(*live, strict=True)
-    found: tuple[torch.Tensor | None, ...]
+    for index, buffer in (destinations or {}).items():
+        inputs[index].register_hook(functools.partial(_place, placed, index, buffer))
+    found: Sequence[torch.Tensor | None]
     if create_graph:
         found = torch.autograd.grad(where, inputs, given, create_graph=True, allow_unused=True)
     else:
-        found = run_backward(where, given, tuple(inputs))
-    found = tuple(placed.get(index, g) for index, g in enumerate(found))
-    return tuple(_dense(g, i) for g, i in zip(found, inputs, strict=True))
-
-
-def _dense(gradient: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-    if gradient is None:
-        return torch.zeros_like(like)
-    return gradient if gradient.layout == torch.strided else gradient.to_dense()
+        found = run_backward(tuple(where), tuple(given), tuple(inputs))
+    result = []
+    for index, gradient in enumerate(found):
+        if index in placed:
+            result.append(placed[index])
+        elif gradient is None:
+            result.append(torch.zeros_like(inputs[index]))
+        else:
+            result.append(gradient if gradient.layout is torch.strided else gradient.to_dense())
+    return tuple(result)
 
 
 _LARGE = 1 << 18  # bytes; below, a hook costs more than it saves
 
 
-def is_large(leaf: torch.Tensor) -> bool:
-    """Whether a gradient for this input goes to its buffer as soon as it is there."""
-    return leaf.nbytes >= _LARGE and not leaf.is_complex()
+def is_large(spec: Spec) -> bool:
+    """Whether a gradient for an input like this goes to its buffer as soon as it is there."""
+    return math.prod(spec.shape) * spec.dtype.itemsize >= _LARGE and spec.dtype.kind != "c"
 
 
 def _place(

@@ -16,9 +16,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from pytorch2jax import Pytorch2JaxError, _tape, convert_pytnn_to_jax, torch2jax, use_tape
+from pytorch2jax import Pytorch2JaxError, _function, _tape, convert_pytnn_to_jax, torch2jax, use_tape
 from pytorch2jax._tape import TAPE
 
+FAILED = (ValueError, jax.errors.JaxRuntimeError)  # which of them depends on how JAX dispatches a call
 X, W = jnp.linspace(-1.0, 1.0, 12).reshape(3, 4), jnp.linspace(0.1, 1.0, 8).reshape(4, 2)
 
 
@@ -449,3 +450,104 @@ def test_the_environment_variable():
             check=True,
         )
         assert out.stdout.strip() == enabled
+
+
+def _wide(x, w):
+    return torch.relu(x @ w.repeat(1, 40_000)).mean(1)  # its gradients are large
+
+
+def _large(x, w):
+    return torch.tanh(x.repeat(40_000, 1) @ w)
+
+
+STRAIGHT = {
+    "function": layer,
+    "two outputs": lambda x, w: (torch.sin(x), x @ w),
+    "an output without a graph": lambda x, w: (x @ w).detach() + w.sum() * 0,
+    "depends on one": lambda x, w: x.exp(),
+    "an input": lambda x, w: x,
+    "wide": _wide,
+    "large": _large,
+    "checkpoint": lambda x, w: checkpoint(layer, x, w, use_reentrant=False),
+}
+
+
+@pytest.mark.parametrize("name", STRAIGHT)
+def test_calls_after_the_first_one(name):
+    """They take a shorter way."""
+    fn = STRAIGHT[name]
+
+    def total(out):
+        return sum((o**2).sum() for o in (out if isinstance(out, tuple) else (out,)))
+
+    step = jax.jit(jax.value_and_grad(lambda x, w: total(torch2jax(fn)(x, w)), argnums=(0, 1)))
+    for scale in (1.0, 0.5, 2.0, -1.0):
+        x, w = (torch.from_numpy(np.array(a * scale)).requires_grad_() for a in (X, W))
+        value = total(fn(x, w))
+        expected = torch.autograd.grad(value, (x, w), allow_unused=True, materialize_grads=True)
+        got, grads = step(X * scale, W * scale)
+        np.testing.assert_allclose(got, value.detach(), rtol=1e-12)
+        for g, e in zip(grads, expected, strict=True):
+            np.testing.assert_allclose(g, e, rtol=1e-12)
+
+
+@pytest.mark.parametrize("width", [4, 600])
+def test_calls_of_a_module_after_the_first_one(width, monkeypatch):
+    straight = []
+    call_straight = _function.BoundFunction.call_straight
+    monkeypatch.setattr(
+        _function.BoundFunction, "call_straight", lambda *args: straight.append(args) or call_straight(*args)
+    )
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, width), torch.nn.Tanh(), torch.nn.Linear(width, width)).double()
+    apply, params = convert_pytnn_to_jax(model)
+    step = jax.jit(jax.value_and_grad(lambda p, x: (apply(p, x) ** 2).sum()))
+    for scale in (1.0, 0.5, 2.0):
+        value = (model(torch.from_numpy(np.array(X * scale))) ** 2).sum()
+        expected = torch.autograd.grad(value, list(model.parameters()))
+        got, grads = step(params, X * scale)
+        np.testing.assert_allclose(got, value.detach(), rtol=1e-12)
+        for (path, _), e in zip(model.named_parameters(), expected, strict=True):
+            module, name = path.split(".")
+            np.testing.assert_allclose(grads[module][name], e, rtol=1e-10, atol=1e-12)
+    assert len(straight) == 2
+
+
+@pytest.mark.parametrize("differentiate", [False, True])
+def test_a_module_that_changes_its_state_in_a_later_call(differentiate):
+    calls = []
+
+    class Sometimes(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(4, 2, dtype=torch.float64))
+            self.register_buffer("seen", torch.zeros(2, dtype=torch.float64))
+
+        def forward(self, x):
+            calls.append(1)
+            if len(calls) == 4:
+                self.seen = x.sum(0)[:2]
+            return x @ self.weight
+
+    apply, params, state = convert_pytnn_to_jax(Sometimes(), with_state=True)
+    loss = lambda p, x: apply(p, state, x)[0].sum()  # noqa: E731
+    step = jax.jit(jax.grad(loss) if differentiate else loss)
+    step(params, X), step(params, X)
+    assert len(calls) == 3  # one of them to infer
+    with pytest.raises(FAILED, match="state.seen: changed by this call"):
+        jax.block_until_ready(step(params, X))
+    jax.block_until_ready(step(params, X))
+
+
+def test_a_function_that_returns_something_else_in_a_later_call():
+    calls = []
+
+    def fn(x):
+        calls.append(1)
+        return x.sin() if len(calls) < 4 else x.sin().sum()
+
+    step = jax.jit(jax.grad(lambda x: torch2jax(fn)(x).sum()))
+    step(X), step(X)
+    with pytest.raises(FAILED, match="expected torch.float64"):
+        jax.block_until_ready(step(X))
+    assert len(TAPE) == 0
