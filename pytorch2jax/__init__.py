@@ -20,9 +20,11 @@ from pytorch2jax._errors import (
     LoopWarning,
     MissingLeafError,
     NarrowingError,
+    OptionError,
     OutputMismatchError,
     Pytorch2JaxError,
     RandomnessError,
+    ReplicationWarning,
     StateError,
     StructureError,
     TorchCallError,
@@ -33,7 +35,18 @@ from pytorch2jax._tape import use_tape
 from pytorch2jax._transfer import j2t, t2j
 from pytorch2jax._weights import label_params, load_params, params_to_state_dict, trainable_mask
 from pytorch2jax._wrap import py_to_jax_wrapper, torch2jax
-from pytorch2jax.compat import Size, convert_to_jax, convert_to_pyt, tree_j2t, tree_t2j
+from pytorch2jax.compat import (
+    Size,
+    compile_and_import_module,
+    convert_to_jax,
+    convert_to_pyt,
+    torch2jax_auto,
+    torch2jax_with_vjp,
+    torch2jax_without_vjp,
+    tree_j2t,
+    tree_t2j,
+    wrap_torch_fn,
+)
 
 if TYPE_CHECKING:
     from pytorch2jax.equinox import convert_pytnn_to_equinox
@@ -50,14 +63,17 @@ __all__ = [
     "LoopWarning",
     "MissingLeafError",
     "NarrowingError",
+    "OptionError",
     "OutputMismatchError",
     "Pytorch2JaxError",
     "RandomnessError",
+    "ReplicationWarning",
     "Size",
     "StateError",
     "StructureError",
     "TorchCallError",
     "UnsupportedTransformError",
+    "compile_and_import_module",
     "convert_pytnn_to_equinox",
     "convert_pytnn_to_flax",
     "convert_pytnn_to_jax",
@@ -73,10 +89,14 @@ __all__ = [
     "py_to_jax_wrapper",
     "t2j",
     "torch2jax",
+    "torch2jax_auto",
+    "torch2jax_with_vjp",
+    "torch2jax_without_vjp",
     "trainable_mask",
     "tree_j2t",
     "tree_t2j",
     "use_tape",
+    "wrap_torch_fn",
 ]
 
 # Names of the adapters, which import frameworks that need not be installed: looked up on first use.

@@ -28,6 +28,12 @@ class Arguments(NamedTuple):
         """The address of the array with this number, for messages."""
         return _argument_path(self.treedef, self.positions[number])
 
+    def position(self, number: int) -> int | None:
+        """Of which positional argument the array with this number is a part; None for a keyword argument."""
+        addresses, _ = jax.tree_util.tree_flatten_with_path(self.treedef.unflatten(range(self.treedef.num_leaves)))
+        path = addresses[self.positions[number]][0]
+        return None if path[0].idx else path[1].idx
+
     def are_plain(self) -> bool:
         """Whether they are arrays given by position, and nothing else."""
         everything = range(len(self.positions))

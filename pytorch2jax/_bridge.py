@@ -35,7 +35,9 @@ def lower_on_host(context: Any, *operands: Any, program: Program) -> Any:
     """
     call = _HostCall(program)
     function = call if not program.is_large(_TEAM_BYTES) else lambda *at: on_one_team(functools.partial(call, *at))
-    return lower_host_call(context, *operands, function=function, has_side_effect=program.draws_from_torch)
+    return lower_host_call(
+        context, *operands, function=function, has_side_effect=program.draws_from_torch, keeper=program.kept_by()
+    )
 
 
 _TEAM_BYTES = 1 << 16  # less is not worth a second thread to torch

@@ -58,12 +58,20 @@ class UnsupportedTransformError(Pytorch2JaxError, NotImplementedError):
     """Torch has no rule, on any way that the library knows, for a derivative that was asked for."""
 
 
+class OptionError(Pytorch2JaxError, ValueError):
+    """An option of a call has a value that does not exist, or does not fit the other arguments."""
+
+
 class ConversionError(Pytorch2JaxError, TypeError):
     """A torch module is of a kind that cannot be converted."""
 
 
 class TorchCallError(Pytorch2JaxError, RuntimeError):
     """Torch raised an exception while JAX was running it; the original is the `__cause__`."""
+
+
+class ReplicationWarning(UserWarning):
+    """XLA runs the same torch call on each of several devices because nobody said how to split it."""
 
 
 class LoopWarning(UserWarning):

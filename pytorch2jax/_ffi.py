@@ -146,10 +146,17 @@ def _error(api: int, message: str) -> int | None:
     return error
 
 
-def lower_host_call(context: Any, *operands: Any, function: HostFunction, has_side_effect: bool) -> Any:
-    """Lower an operation to a call of `function` on the host, in a lowering rule."""
+def lower_host_call(
+    context: Any, *operands: Any, function: HostFunction, has_side_effect: bool, keeper: list[Any] | None = None
+) -> Any:
+    """Lower an operation to a call of `function` on the host, in a lowering rule.
+
+    The executable keeps the function alive; where it does not know, because it was lowered before, `keeper` does.
+    """
     _register()
     lease = _Lease(function)
+    if keeper is not None:
+        keeper.append(lease)
     # Among the host callbacks of a program it also keeps the executable out of JAX's persistent cache: in another
     # process its number means nothing.
     context.module_context.add_host_callback(lease)

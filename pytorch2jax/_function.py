@@ -26,6 +26,7 @@ from pytorch2jax._destination import IntoBuffer, Maker, out_variant
 from pytorch2jax._dtypes import dtype_j2t, narrowed
 from pytorch2jax._errors import (
     DtypeError,
+    InferenceError,
     OutputMismatchError,
     RandomnessError,
     StateError,
@@ -43,8 +44,10 @@ from pytorch2jax._inference import (
     run_without_graph,
 )
 from pytorch2jax._internals import x64_enabled
-from pytorch2jax._program import Around, Program, RootProgram, Style, Tensors
+from pytorch2jax._options import Options
+from pytorch2jax._program import Around, Axes, Batching, Program, RootProgram, Style, Tensors
 from pytorch2jax._rng import seeded
+from pytorch2jax._sharding import shardable
 from pytorch2jax._threads import note_team_size
 from pytorch2jax._torch_state import TorchState, capture_torch_state
 from pytorch2jax._transfer import j2t, torch_device
@@ -100,6 +103,14 @@ class OwnTensor(NamedTuple):
     value: Callable[[], jax.Array | None]
 
 
+_KEPT_PROGRAMS = 256
+_FEW_OPERATORS = 8
+_LARGE_BYTES = 1 << 22  # of inputs and outputs together; below, the copy comes out of the processor's cache
+_NO_OPTIONS = Options()
+_VERSION = operator.attrgetter("_version")
+_PLAIN = Style()
+
+
 class TorchFunction:
     """A torch callable, and the programs that it was bound to, one for each kind of call.
 
@@ -108,7 +119,7 @@ class TorchFunction:
         call: what runs.
         identity: equal for functions that do the same; JAX's caches go by it.
         own: the tensors that `call` gets besides its arguments.
-        widen_ints: while `jax_enable_x64` is off, hand int32 arrays to torch as int64, its index type.
+        options: what the user says about it.
     """
 
     def __init__(
@@ -118,15 +129,16 @@ class TorchFunction:
         *,
         identity: Hashable,
         own: Sequence[OwnTensor] = (),
-        widen_ints: bool = True,
+        options: Options = _NO_OPTIONS,
     ) -> None:
         self.name = name
         self.call = call
-        self.identity = (identity, widen_ints)
+        self.identity = (identity, options)
         self.own = tuple(own)
-        self.widen_ints = widen_ints
+        self.options = options
         self.examples: list[Any] = []  # arguments to try the function on where it has to run for inference
         self.example_specs: tuple[Spec, ...] | None = None
+        self._declared_for: tuple[Spec, ...] | None = None  # the inputs for which outputs are declared
         self.said: set[str] = set()
         self.compiled: dict[Any, Callable[..., Any]] = {}  # of programs that ran outside of jit
         self._bound: collections.OrderedDict[Hashable, BoundFunction] = collections.OrderedDict()
@@ -179,23 +191,28 @@ class TorchFunction:
             if key not in self._bound:
                 call = _Call(arguments._replace(arrays=[]), n_own, variant, state, device)
                 program = BoundFunction(self, call, specs, key)
-                program.infer(arrays, output_shapes)
+                self._infer(program, arrays, output_shapes)
                 self._bound[key] = program
                 while len(self._bound) > _KEPT_PROGRAMS:  # a new static value for each call
                     self._forget(self._bound.popitem(last=False)[1])
             self._bound.move_to_end(key)
             return self._bound[key]
 
+    def _infer(self, program: BoundFunction, arrays: list[Any], output_shapes: Any) -> None:
+        """What was declared holds for the inputs of the first call; for others it is a last resort."""
+        if output_shapes is not None and self._declared_for is None:
+            self._declared_for = program.in_specs
+        if output_shapes is None or program.in_specs == self._declared_for:
+            return program.infer(arrays, output_shapes)
+        try:
+            program.infer(arrays, None)
+        except InferenceError:
+            program.infer(arrays, output_shapes)
+
     def _forget(self, program: BoundFunction) -> None:
         self._recent.clear()
         for derived in [p for p in self.compiled if p.root == program]:
             del self.compiled[derived]
-
-
-_KEPT_PROGRAMS = 256
-_FEW_OPERATORS = 8
-_LARGE_BYTES = 1 << 22  # of inputs and outputs together; below, the copy comes out of the processor's cache
-_VERSION = operator.attrgetter("_version")
 
 
 class _Call(NamedTuple):
@@ -230,13 +247,14 @@ class BoundFunction(RootProgram):
         # a way from there to the compiled call, under which they are filed, would keep both for ever.
         self._function = weakref.ref(function)
         self._callable, self._own, self._said = function.call, function.own, function.said
-        self._widen_ints = function.widen_ints
+        self._options = function.options
+        self.depth, self.batching, self.expands = self._options.depth, self._options.batching, self._options.expands
         self.name = function.name
         self.state, self.device = call.state, call.device
         self._what = call
         self._plain = call.arguments.are_plain()
         self._itself = self._callable.plain_function()
-        self._seeded = False
+        self._unseeded: BoundFunction | None = None  # for a seeded program, the one that it was made of
         self.in_specs = specs
         self._set_dtypes()
 
@@ -253,7 +271,7 @@ class BoundFunction(RootProgram):
             if index < given:
                 wide = own[index].dtype
             else:
-                wide = torch.int64 if self._widen_ints and dtype == torch.int32 else dtype
+                wide = self._wide(dtype, index - given)
             tensors.append(TensorSpec(spec.shape, wide if narrowed(wide) == dtype else dtype, path))
         self._widened = [
             (i, t.dtype) for i, (t, s) in enumerate(zip(tensors, specs, strict=True)) if t.dtype != dtype_j2t(s.dtype)
@@ -262,6 +280,13 @@ class BoundFunction(RootProgram):
         held = [TensorSpec(tuple(c.shape), c.dtype, o.path) for c, o in zip(constants, own[given:], strict=True)]
         self._n_held = len(held)
         self._tensor_specs = [*tensors[:given], *held, *tensors[given:]]
+
+    def _wide(self, dtype: torch.dtype, number: int) -> torch.dtype:
+        """The torch dtype of an argument that is this in JAX: as an example has it, else the index type for int32."""
+        examples = self._options.dtypes
+        if len(examples) == len(self._what.arguments.positions) and (example := examples[number]) is not None:
+            return example if narrowed(example) == dtype else dtype
+        return torch.int64 if self._options.widen_ints and dtype == torch.int32 else dtype
 
     def infer(self, arrays: Sequence[Any], output_shapes: Any) -> None:
         """Find out the output specs, once, before anything else happens with the program."""
@@ -283,6 +308,8 @@ class BoundFunction(RootProgram):
         self.out_specs = self.inferred.specs
         first_state = len(self.out_specs) - len(self.inferred.changed)
         self.constant = frozenset(range(first_state, len(self.out_specs)))
+        self._declared = output_shapes is not None
+        self._find_factors()
         self._into = self._find_destination()
         self.computes_in_place = self._into is not None
         changed = [self._tensor_specs[i].path for i in self.inferred.changed]
@@ -298,6 +325,43 @@ class BoundFunction(RootProgram):
                 f"{self.name}: {', '.join(unasked)}: changed by the forward pass, and the caller did not ask for "
                 "the new values. Convert with `with_state=True` to get them back, or call with `train=False`."
             )
+
+    def _find_factors(self) -> None:
+        splitting, given = self._options.splitting, self._what.n_given
+        if splitting is None:
+            return
+        state = len(self.constant)
+        outputs = self.out_specs[: len(self.out_specs) - state]
+        own, inputs = self.in_specs[:given], self.in_specs[given:]
+        factors = splitting.factors(self.name, own, self._what.arguments, inputs, outputs)
+        of_state = tuple((None,) * len(spec.shape) for spec in self.out_specs[len(outputs) :])
+        self.factors = factors._replace(outputs=factors.outputs + of_state)
+        self.shardable = shardable(self.factors, self.constant)
+
+    def on_shards(self, counts: Mapping[str, int]) -> BoundFunction:
+        key = ("on_shards", *sorted(counts.items()))
+        if key not in self._derived:
+            if self._unseeded is not None:
+                local = self._unseeded.on_shards(counts)
+                seed = self.in_specs[0]
+                shared = self.vmap_randomness == "same"
+                self._derived[key] = local.with_seed(seed.shape[0], shared=shared)
+            else:
+                self._derived[key] = self._split(counts, key)
+        return self._derived[key]  # type: ignore[return-value]
+
+    def _split(self, counts: Mapping[str, int], key: Hashable) -> BoundFunction:
+        assert self.factors is not None
+        program = copy.copy(self)
+        Program.__init__(program, (*self._key, key))
+        program.in_specs = tuple(map(_part, self.in_specs, self.factors.inputs, [counts] * len(self.in_specs)))
+        program._set_dtypes()
+        declared = None
+        if self._declared:
+            parts = map(_part, self.out_specs, self.factors.outputs, [counts] * len(self.out_specs))
+            declared = self.inferred.tree.unflatten([jax.ShapeDtypeStruct(s.shape, s.dtype) for s in parts])
+        program.infer([jax.ShapeDtypeStruct(s.shape, s.dtype) for s in program.in_specs], declared)
+        return program
 
     def _values(self, arrays: Sequence[Any]) -> list[torch.Tensor]:
         """Real tensors to try the function on."""
@@ -323,8 +387,11 @@ class BoundFunction(RootProgram):
         if key not in self._derived:
             program = copy.copy(self)
             Program.__init__(program, (*self._key, *key))
-            program._seeded = True
+            program._unseeded = self
+            program.is_seeded = True
             program.is_straight = False
+            if self.factors is not None:
+                program.factors = self.factors._replace(inputs=((None,), *self.factors.inputs))
             program.vmap_randomness = "same" if shared else "different"
             program.in_specs = (Spec((size,), np.dtype("uint32")), *self.in_specs)
             self._derived[key] = program
@@ -338,7 +405,7 @@ class BoundFunction(RootProgram):
         return new
 
     def backward(self, primals: Sequence[torch.Tensor]) -> contextlib.AbstractContextManager[None]:
-        if not self._seeded:
+        if not self.is_seeded:
             return contextlib.nullcontext()
         # Not the numbers of the forward over again.
         return seeded(primals[0].flatten() ^ 0x5DEECE66, host=self.inferred.host_random)
@@ -411,11 +478,11 @@ class BoundFunction(RootProgram):
         inputs, seed = self._prepared(tensors)
         if seed is not None:
             with seeded(seed, host=self.inferred.host_random):
-                return self._outputs(inputs, *self._call_recording(inputs))
+                return self._outputs(inputs, *self._call_recording(inputs), style)
         if self.inferred.certain:
-            return self._outputs(inputs, *self._call_recording(inputs))
+            return self._outputs(inputs, *self._call_recording(inputs), style)
         before = torch.get_rng_state()
-        outputs = self._outputs(inputs, *self._call_recording(inputs))
+        outputs = self._outputs(inputs, *self._call_recording(inputs), style)
         if not torch.equal(torch.get_rng_state(), before):
             raise RandomnessError(
                 f"{self.name}: draws random numbers on these values, and drew none on those that it was tried on. "
@@ -426,12 +493,12 @@ class BoundFunction(RootProgram):
     @property
     def _converts(self) -> bool:
         """Whether the callable gets something else than the inputs of the program."""
-        return bool(self._seeded or self._widened or self._n_held or self._copied)
+        return bool(self.is_seeded or self._widened or self._n_held or self._copied)
 
     def _prepared(self, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """What the callable gets for these inputs of the program, and the seed."""
         inputs = list(tensors)
-        seed = inputs.pop(0) if self._seeded else None
+        seed = inputs.pop(0) if self.is_seeded else None
         for index, dtype in self._widened:
             inputs[index] = inputs[index].to(dtype)
         if self._n_held:
@@ -474,7 +541,9 @@ class BoundFunction(RootProgram):
         args, kwargs = arguments.treedef.unflatten(leaves)
         return self._callable(inputs[:n_own], self._what.variant, args, kwargs)
 
-    def _outputs(self, inputs: list[torch.Tensor], out: Any, after: list[torch.Tensor]) -> Tensors:
+    def _outputs(
+        self, inputs: list[torch.Tensor], out: Any, after: list[torch.Tensor], style: Style = _PLAIN
+    ) -> Tensors:
         inferred = self.inferred
         if isinstance(out, torch.Tensor) and inferred.tree.kind == "leaf":
             leaves = [out]
@@ -484,6 +553,8 @@ class BoundFunction(RootProgram):
         if after:
             self._check_unchanged(inputs, after)
         leaves += [after[i] for i in inferred.changed]
+        if style.batching is Batching.DIRECT:  # `Vmap` looks at the batch axes
+            return tuple(map(self._output, leaves, map(_batched_like, inferred.outputs, leaves), self._out_dtypes))
         return tuple(map(self._output, leaves, inferred.outputs, self._out_dtypes))
 
     def _check_unchanged(self, inputs: list[torch.Tensor], after: list[torch.Tensor]) -> None:
@@ -535,6 +606,17 @@ class BoundFunction(RootProgram):
 def spec_of(array: Any) -> Spec:
     """Shape and dtype of an array or tracer."""
     return Spec(tuple(array.shape), array.dtype)
+
+
+def _batched_like(spec: TensorSpec, value: Any) -> TensorSpec:
+    """A spec with the batch axes that an output has in front of it."""
+    n_axes = value.dim() - len(spec.shape) if isinstance(value, torch.Tensor) else 0
+    return spec._replace(shape=(*value.shape[:n_axes], *spec.shape)) if n_axes > 0 else spec
+
+
+def _part(spec: Spec, dims: Axes, counts: Mapping[str, int]) -> Spec:
+    """What one device has of an array."""
+    return Spec(tuple(n // counts.get(f or "", 1) for n, f in zip(spec.shape, dims, strict=True)), spec.dtype)
 
 
 def _device(arrays: Sequence[Any]) -> torch.device:

@@ -18,14 +18,17 @@ import jax.extend.core
 import numpy as np
 import torch
 import torch.utils._pytree as torch_pytree
-from jax._src import effects, util
+from jax._src import dispatch, effects, util
 from jax._src.array import ArrayImpl as _ArrayImpl
 from jax._src.core import trace_state_clean
+from jax._src.custom_partitioning_sharding_rule import SdyShardingRule as ShardingRule
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lib import _jax
+from jax._src.sharding_impls import ShardingContext
 from jax.experimental.buffer_callback import ExecutionContext, buffer_callback
+from jax.experimental.custom_partitioning import custom_partitioning
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from torch.autograd.graph import GradientEdge
 from torch.autograd.graph import get_gradient_edge as gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,12 +39,15 @@ __all__ = [
     "GradientEdge",
     "Primitive",
     "ShapedArray",
+    "ShardingRule",
     "TorchDispatchMode",
     "ad",
     "alias_with_storage",
     "array_from_tensor",
     "batching",
     "buffer_callback",
+    "custom_partitioning",
+    "explicit_axes",
     "fake_tensor_mode",
     "flat_vmap",
     "flatten_torch_node",
@@ -56,7 +62,9 @@ __all__ = [
     "is_torch_node",
     "is_turning_grad_off",
     "jit_disabled",
+    "lower_with_devices",
     "mlir",
+    "n_partitions",
     "output_aval",
     "pe",
     "run_backward",
@@ -170,6 +178,27 @@ def _varying(aval: Any) -> frozenset[Any]:
     """The mesh axes over which a value varies."""
     axes: Any = getattr(aval, _VARYING, frozenset())
     return frozenset(getattr(axes, "varying", axes))
+
+
+def explicit_axes(aval: Any) -> tuple[str, ...]:
+    """The explicit axes of its mesh along which an array is sharded."""
+    sharding = getattr(aval, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
+        return ()
+    types = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
+    entries = [(e,) if isinstance(e, str) else tuple(e or ()) for e in sharding.spec]
+    return tuple(axis for entry in entries for axis in entry if types.get(axis) is AxisType.Explicit)
+
+
+def n_partitions(context: Any) -> int:
+    """Over how many devices XLA itself partitions the computation that is being lowered."""
+    around = context.module_context.axis_context
+    return around.num_devices if isinstance(around, ShardingContext) else 1
+
+
+def lower_with_devices(primitive: Any) -> None:
+    """Have JAX tell the lowering rule of a primitive which devices there are; `custom_partitioning` asks."""
+    dispatch.prim_requires_devices_during_lowering.add(primitive)
 
 
 def x64_enabled() -> bool:

@@ -12,14 +12,21 @@ from torch import nn
 from pytorch2jax._arguments import take_apart
 from pytorch2jax._errors import ConversionError, InferenceError, RandomnessError
 from pytorch2jax._function import BoundFunction, TorchFunction
+from pytorch2jax._options import Options
 from pytorch2jax._params import Leaf, arrays_of, check_shapes, flatten, layout_of, nest, own_tensors
 from pytorch2jax._primitive import torch_call
 from pytorch2jax._rng import seed_from_key
+from pytorch2jax._sharding import splitting
 from pytorch2jax._skeleton import Skeleton
 
 
 def convert_pytnn_to_jax(
-    model: nn.Module, *, with_state: bool = False, copy: bool = True, prefix: str = ""
+    model: nn.Module,
+    *,
+    with_state: bool = False,
+    copy: bool = True,
+    prefix: str = "",
+    batch_axes: int | Sequence[int | None] | None = None,
 ) -> tuple[Any, ...]:
     """Turn a torch module into a pure JAX function and its parameters.
 
@@ -34,6 +41,8 @@ def convert_pytnn_to_jax(
         prefix: put in front of the names `train` and `rng` of the function's own keywords, for models whose
             `forward` has arguments of these names: with `prefix="jax_"` the function's own are `jax_train`
             and `jax_rng`, and `train` reaches `forward`.
+        batch_axes: the axis of the batch in the arguments of `forward`, for arrays that are sharded over devices;
+            see `torch2jax`. Without it, each device runs the model on the whole batch.
 
     Returns:
         `(apply, params)`, with `apply(params, *args, rng=None, train=False, **kwargs)` returning what the
@@ -49,6 +58,7 @@ def convert_pytnn_to_jax(
 
     Raises:
         ConversionError: the module is of a kind that cannot be converted; the message says why.
+        OptionError: `batch_axes` do not fit the arguments, or an output; in `apply`.
         MissingLeafError, StructureError: `params` or `state` is not what the conversion returned.
         RandomnessError: the module draws random numbers and got no `rng`.
         StateError: the call changes buffers, and the function was converted without `with_state`.
@@ -63,7 +73,8 @@ def convert_pytnn_to_jax(
         >>> jax.grad(lambda p: apply(p, jnp.ones((4, 3))).sum())(params)["bias"]
         Array([4., 4.], dtype=float32)
     """
-    converted = ConvertedModule(model, copy=copy, prefix=prefix, keywords={"rng": None, "train": False})
+    keywords = {"rng": None, "train": False}
+    converted = ConvertedModule(model, copy=copy, prefix=prefix, keywords=keywords, batch_axes=batch_axes)
 
     def apply(params: Any, *args: Any, **kwargs: Any) -> Any:
         options, kwargs = converted.split_keywords(kwargs)
@@ -89,9 +100,18 @@ class ConvertedModule:
         copy: whether to copy its parameters and buffers.
         keywords: the names and defaults of the adapter's own keyword arguments.
         prefix: what the user wants in front of these names.
+        batch_axes: as for `torch2jax`.
     """
 
-    def __init__(self, model: nn.Module, *, copy: bool, keywords: Mapping[str, Any], prefix: str = "") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        copy: bool,
+        keywords: Mapping[str, Any],
+        prefix: str = "",
+        batch_axes: Any = None,
+    ) -> None:
         model = _checked(_unwrapped(model))
         _check_keywords(model, keywords, prefix)
         self.name = type(model).__name__
@@ -104,7 +124,8 @@ class ConvertedModule:
         call = Skeleton(model, (*self.layout.params, *self.layout.state))
         own = own_tensors("params", self.layout.params, self._params)
         own += own_tensors("state", self.layout.state, self._state)
-        self._function = TorchFunction(self.name, call, identity=call, own=own)
+        options = Options(splitting=splitting(self.name, batch_axes, None))
+        self._function = TorchFunction(self.name, call, identity=call, own=own, options=options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ConvertedModule:
         return self  # it has no state of its own

@@ -15,6 +15,8 @@ so that, for example, a Hessian by forward over reverse is `Jvp(Vjp(f))`, and pe
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,18 +25,23 @@ import jax.numpy as jnp
 
 from pytorch2jax._bridge import call_in_xla, lower_on_host
 from pytorch2jax._eager import evaluate
+from pytorch2jax._errors import DeviceError, ReplicationWarning
 from pytorch2jax._internals import (
     DRAWS_FROM_TORCH,
     Primitive,
     ShapedArray,
     ad,
     batching,
+    explicit_axes,
+    lower_with_devices,
     mlir,
+    n_partitions,
     output_aval,
     pe,
     trace_state_clean,
     vary_together,
 )
+from pytorch2jax._partition import partitioned
 from pytorch2jax._program import Program
 from pytorch2jax._tape import HANDLE, TAPE, FromTape, Taped
 from pytorch2jax._transforms import Derived, Jvp, Vjp, Vmap, inexact_outputs
@@ -75,6 +82,14 @@ torch_call_p.def_impl(_impl)
 
 
 def _abstract_eval(*avals: Any, program: Program) -> tuple[list[ShapedArray], set[Any]]:
+    axes = sorted({axis for aval in avals for axis in explicit_axes(aval)})
+    if axes:
+        raise DeviceError(
+            f"{program.describe()}: expected arrays that are not sharded along explicit axes of a mesh, because XLA "
+            "cannot see into a torch function and would have to gather them, got some that are sharded along "
+            f"{', '.join(axes)}. Call it inside `jax.shard_map`, pass `out_specs` to `torch2jax`, or gather them "
+            "yourself with `jax.sharding.reshard(x, PartitionSpec())`."
+        )
     effects = {DRAWS_FROM_TORCH} if program.draws_from_torch else set()
     return [output_aval(spec.shape, spec.dtype, avals) for spec in program.out_specs], effects
 
@@ -85,12 +100,36 @@ torch_call_p.def_effectful_abstract_eval(_abstract_eval)
 # -- lowering -------------------------------------------------------------------------------------------
 
 
+def _bind(program: Program, *arrays: Any) -> list[Any]:
+    return torch_call_p.bind(*arrays, program=program)
+
+
+def _lower_on_devices(lower: Any, context: Any, *operands: Any, program: Program) -> Any:
+    """The lowering rule, given that of one device: XLA may partition the computation by itself."""
+    n_devices = n_partitions(context)
+    if n_devices > 1 and program.root.shardable:
+        call, keeper = partitioned(program, _bind)
+        context.module_context.add_keepalive(keeper)
+        return mlir.lower_fun(call, multiple_results=True)(context, *operands)
+    if n_devices > 1 and not program.draws_from_torch and program.root.first_time("replicated"):
+        warnings.warn(
+            f"{program.root.name}: the same call of torch runs on each of {n_devices} devices, on inputs that are "
+            "gathered there, because XLA cannot see into it. Say along which axes it can be split (`batch_axes=0`), or "
+            "call it inside `jax.shard_map`. The results are right.",
+            ReplicationWarning,
+            stacklevel=2,
+        )
+    return lower(context, *operands, program=program)
+
+
 def _staged(*arrays: Any, program: Program) -> tuple[Any, ...]:
     return call_in_xla(program, *arrays)
 
 
-mlir.register_lowering(torch_call_p, lower_on_host, platform="cpu")
-mlir.register_lowering(torch_call_p, mlir.lower_fun(_staged, multiple_results=True), platform="cuda")
+_lower_for_cuda = mlir.lower_fun(_staged, multiple_results=True)
+mlir.register_lowering(torch_call_p, functools.partial(_lower_on_devices, lower_on_host), platform="cpu")
+mlir.register_lowering(torch_call_p, functools.partial(_lower_on_devices, _lower_for_cuda), platform="cuda")
+lower_with_devices(torch_call_p)
 
 
 # -- jvp ------------------------------------------------------------------------------------------------
@@ -122,6 +161,7 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, program: Program) -
     else:
         # The tangent is f'(x) dx, over the inputs that have a dx.
         tangent: Derived = program.derive(Jvp, active)
+        program.root.check_depth(tangent.order)
         if handle:
             tangent = tangent.derive(FromTape, program.derive(Taped, active))
         tangents_out = torch_call(tangent, *primals, *handle, *(tangents[i] for i in active))
@@ -149,7 +189,9 @@ def _transpose(cotangents: Sequence[Any], *inputs: Any, program: Program) -> lis
     if wanted[0] < first_linear:
         # The user says that f is linear in these: then its vjp is the same everywhere, also at zero.
         zeros = [ad.zeros_like_aval(x.aval) if ad.is_undefined_primal(x) else x for x in inputs]
-        pulled = torch_call(program.derive(Vjp, wanted, given), *zeros, *given_cotangents)
+        pull = program.derive(Vjp, wanted, given)
+        program.root.check_depth(pull.order)
+        pulled = torch_call(pull, *zeros, *given_cotangents)
     else:
         # c f'(x), over the outputs that have a c.
         assert isinstance(program, Derived)

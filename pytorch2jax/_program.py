@@ -35,6 +35,7 @@ class Batching(enum.Enum):
     RULES = "torch.vmap, each operator by its batching rule"
     FALLBACK = "torch.vmap, operators without a rule once for each example"
     LOOP = "a loop over the whole function"
+    DIRECT = "one call of the function on a batch, because the user says that it takes one"
 
 
 class Style(NamedTuple):
@@ -53,7 +54,7 @@ class Style(NamedTuple):
 
 _LADDER = tuple(
     Style(forward_mode, batching, fused)
-    for batching in Batching
+    for batching in (Batching.RULES, Batching.FALLBACK, Batching.LOOP)
     for forward_mode, fused in ((True, True), (True, False), (False, False))
 )
 
@@ -67,6 +68,17 @@ class Around(NamedTuple):
 
     functional: bool = False
     differentiated: bool = False
+
+
+Axes = tuple[str | None, ...]
+"""The factors along the axes of an array; None for an axis without one."""
+
+
+class Factors(NamedTuple):
+    """The axes along which a program can be split; see `_partition`."""
+
+    inputs: tuple[Axes, ...]
+    outputs: tuple[Axes, ...]
 
 
 _Derived = TypeVar("_Derived", bound="Program")
@@ -138,6 +150,10 @@ class Program(abc.ABC):
 
     # -- execution ------------------------------------------------------------------------------------
 
+    def kept_by(self) -> list[Any] | None:
+        """Where the lowering puts what has to live as long as the executable, if not with the computation itself."""
+        return None
+
     def abandon(self) -> None:  # noqa: B027
         """An execution in this thread ended with an error: free what it left for others."""
 
@@ -207,24 +223,24 @@ class Program(abc.ABC):
         raise self._failure(failures)
 
     def _run_in(self, tensors: Sequence[torch.Tensor], style: Style) -> Tensors:
-        if style.fused and self._order <= 1:
+        if style.fused and self.order <= 1:
             return self.run(tensors, style, Around())
         with contextlib.ExitStack() as stack:
             if not style.fused:
                 stack.enter_context(differentiable_kernels())
-            if self._order > 1:
+            if self.order > 1:
                 stack.enter_context(CompositeNorms())
             return self.run(tensors, style, Around())
 
     @functools.cached_property
-    def _order(self) -> int:
+    def order(self) -> int:
         """How many derivatives are taken."""
         return sum(p.differentiates for p in self.chain())
 
     @functools.cached_property
     def tapeable(self) -> bool:
         """Whether a derivative of this program is one of first order, which can use autograd's graph."""
-        return self._order == 0 and not self.draws_from_torch
+        return self.order == 0 and not self.draws_from_torch
 
     @functools.cached_property
     def _styles(self) -> list[Style]:
@@ -232,17 +248,18 @@ class Program(abc.ABC):
         chain = list(self.chain())
         forward_mode = any(p.forward_mode for p in chain)
         batches = any(p.batches for p in chain)
+        wanted = self.root.batching if batches else None
         return [
-            style
+            style if wanted is None else style._replace(batching=wanted)
             for style in _LADDER
-            if (style.batching is Batching.RULES or batches)
+            if (style.batching is Batching.RULES or (batches and wanted is None))
             and (style.forward_mode or forward_mode)
             and not (style.forward_mode and forward_mode and self.root.cuts)
-            and (style.fused or self._order or batches)
+            and (style.fused or self.order or batches)
         ]
 
     def _tell_about_loop(self, style: Style, reason: Exception) -> None:
-        if style.batching is not Batching.RULES and self.root.first_time("loop"):
+        if style.batching in (Batching.FALLBACK, Batching.LOOP) and self.root.first_time("loop"):
             warnings.warn(
                 f"jax.vmap of {self.root.name}: torch.vmap cannot batch it ({_first_line(reason)}). What runs "
                 f"instead: {style.batching.value}. The results are right; large batches are slow.",
@@ -274,6 +291,12 @@ class RootProgram(Program):
     cuts: bool = False  # torch.no_grad() inside, which torch's forward mode ignores
     shares_tensors: bool = False  # does nothing to its input tensors, as objects, that would outlast a call
     state: TorchState  # what surrounds each call
+    batching: Batching | None = None  # how the user wants batches evaluated
+    expands: bool = False  # what is not batched gets a batch axis of length one in direct batches
+    depth: int | None = None  # how many derivatives the user allows
+    factors: Factors | None = None  # along which axes the user allows to split it over devices
+    shardable: frozenset[str] = frozenset()  # those of the factors that may be split
+    is_seeded: bool = False  # the first input is a seed
     is_straight: bool = False  # nothing happens between JAX and the user's function: the same inputs, one output
 
     @property
@@ -282,6 +305,20 @@ class RootProgram(Program):
 
     def chain(self) -> Iterable[Program]:
         return (self,)
+
+    def check_depth(self, order: int) -> None:
+        """Raise where a derivative of this order is more than the user allows.
+
+        Raises:
+            UnsupportedTransformError: it is.
+        """
+        if self.depth is not None and order > self.depth:
+            allowed = "no derivatives" if self.depth == 0 else f"derivatives up to order {self.depth}"
+            raise UnsupportedTransformError(
+                f"{self.describe()}: expected {allowed}, because it was wrapped with `depth={self.depth}`, got a "
+                f"derivative of order {order}. Wrap it without `depth` for derivatives of any order, or take the "
+                "arguments out of the differentiation with `jax.lax.stop_gradient`."
+            )
 
     def describe(self) -> str:
         return self.name
@@ -305,6 +342,10 @@ class RootProgram(Program):
     def call_straight(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """The output, if the program `is_straight`; the caller looks after torch's state, grad mode and versions."""
         raise NotImplementedError(f"{self.describe()} is not straight")
+
+    def on_shards(self, counts: Mapping[str, int]) -> RootProgram:
+        """The program for a part of the inputs, where each factor is split into so many."""
+        raise NotImplementedError(f"{self.describe()} on several devices")
 
     def compiled_calls(self) -> dict[Any, Callable[..., Any]]:
         """Where compiled calls outside of jit are kept, for this program and those derived from it."""

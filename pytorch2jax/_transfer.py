@@ -18,18 +18,19 @@ import numpy as np
 import torch
 
 from pytorch2jax._dtypes import dtype_j2t, dtype_t2j, narrowed
-from pytorch2jax._errors import DeviceError, LeafTypeError, NarrowingError
+from pytorch2jax._errors import DeviceError, LeafTypeError, NarrowingError, OptionError
 from pytorch2jax._internals import has_only_host, uncommitted, x64_enabled
 
 _INTEGERS = (torch.int64, torch.uint64)
 
 
-def t2j(tensor: torch.Tensor, *, copy: bool = False) -> jax.Array:
+def t2j(tensor: torch.Tensor, via: str = "dlpack", *, copy: bool = False) -> jax.Array:
     """Convert a torch tensor to a JAX array on the same device.
 
     Args:
         tensor: a tensor of any shape, strides and shared dtype. It is detached from autograd; conjugate
             and negative views are resolved.
+        via: `"dlpack"` as described here, or `"cpu"` or `"host"` for a copy.
         copy: `False` shares memory where that is possible; `True` never does.
 
     Returns:
@@ -43,6 +44,7 @@ def t2j(tensor: torch.Tensor, *, copy: bool = False) -> jax.Array:
 
     Raises:
         LeafTypeError: `tensor` is not a dense torch tensor.
+        OptionError: there is no such `via`.
         DtypeError: JAX has no such dtype.
         NarrowingError: a 64-bit integer does not fit into 32 bits while `jax_enable_x64` is off.
 
@@ -51,6 +53,7 @@ def t2j(tensor: torch.Tensor, *, copy: bool = False) -> jax.Array:
         >>> t2j(torch.arange(3.0))
         Array([0., 1., 2.], dtype=float32)
     """
+    copy = copy or _is_by_host("t2j", via)
     if not isinstance(tensor, torch.Tensor):
         raise LeafTypeError(f"t2j: expected a torch.Tensor, got {type(tensor).__name__}.")
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
@@ -73,11 +76,12 @@ def t2j(tensor: torch.Tensor, *, copy: bool = False) -> jax.Array:
     return array
 
 
-def j2t(array: Any, *, copy: bool = False) -> torch.Tensor:
+def j2t(array: Any, via: str = "dlpack", *, copy: bool = False) -> torch.Tensor:
     """Convert a JAX array to a torch tensor on the same device.
 
     Args:
         array: a JAX array on one device, or anything that `jax.numpy.asarray` takes.
+        via: `"dlpack"` as described here, or `"cpu"` or `"host"` for a copy.
         copy: `False` shares memory with the array: the tensor must then be read only, because a JAX array
             is taken by everybody else to be immutable. `True` gives a tensor that may be written to.
 
@@ -86,6 +90,7 @@ def j2t(array: Any, *, copy: bool = False) -> torch.Tensor:
 
     Raises:
         LeafTypeError: `array` is a tracer, or nothing that JAX takes for an array.
+        OptionError: there is no such `via`.
         DtypeError: torch has no such dtype.
         DeviceError: the array is spread over several devices.
 
@@ -94,6 +99,7 @@ def j2t(array: Any, *, copy: bool = False) -> torch.Tensor:
         >>> j2t(jnp.arange(3))
         tensor([0, 1, 2], dtype=torch.int32)
     """
+    copy = copy or _is_by_host("j2t", via)
     if isinstance(array, jax.core.Tracer):
         raise LeafTypeError(
             "j2t: expected a concrete array, got a tracer. Inside jax.jit, jax.grad or jax.vmap wrap the "
@@ -110,6 +116,12 @@ def j2t(array: Any, *, copy: bool = False) -> torch.Tensor:
         return torch.empty(array.shape, dtype=dtype, device=torch_device(array))
     tensor = torch.from_dlpack(array)
     return tensor.clone() if copy else tensor
+
+
+def _is_by_host(call: str, via: str) -> bool:
+    if via not in ("dlpack", "cpu", "host"):
+        raise OptionError(f"{call}: via: expected 'dlpack', 'cpu' or 'host', got {via!r}.")
+    return via != "dlpack"
 
 
 def as_array(call: str, path: Callable[[], str], value: Any) -> Any:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from pytorch2jax._dtypes import dtype_j2t, is_inexact
-from pytorch2jax._errors import UnsupportedTransformError
+from pytorch2jax._errors import OutputMismatchError, UnsupportedTransformError
 from pytorch2jax._inference import Spec
 from pytorch2jax._internals import GradientEdge, flat_vmap, run_backward
 from pytorch2jax._program import Around, Batching, Program, RootProgram, Style, Tensors
@@ -44,6 +44,7 @@ class Derived(Program):
     def __init__(self, base: Program, *arguments: Any) -> None:
         super().__init__((base, *arguments))
         self.base = base
+        self.arguments = arguments
         self._root = base.root
 
     @property
@@ -263,6 +264,8 @@ class Vmap(Derived):
         if self.size == 0:
             device = tensors[0].device
             return tuple(torch.zeros(s.shape, dtype=dtype_j2t(s.dtype), device=device) for s in self.out_specs)
+        if style.batching is Batching.DIRECT:
+            return self._run_directly(tensors, style, around)
         if style.batching is not Batching.LOOP:
             inside = around._replace(functional=True)
             with vmap_fallback(style.batching is Batching.FALLBACK):
@@ -287,6 +290,36 @@ class Vmap(Derived):
             sum(column[1:], column[0]) if dim is None else torch.stack(column, dim)
             for column, dim in zip(map(list, zip(*rows, strict=True)), self.out_dims, strict=True)
         )
+
+    def _run_directly(self, tensors: Sequence[torch.Tensor], style: Style, around: Around) -> Tensors:
+        """One call of the function on inputs with the batch axis in front, behind those of outer batches."""
+        outer = tensors[0].dim() - len(self.in_specs[0].shape)
+        expands = self.root.expands and self.base.order == 0
+        batched = [
+            _with_batch_axis(t, d, outer, 1 if expands else self.size)
+            for t, d in zip(tensors, self.in_dims, strict=True)
+        ]
+        results = []
+        for output, spec, dim in zip(
+            self.base.run(batched, style, around), self.base.out_specs, self.out_dims, strict=True
+        ):
+            if output.dim() != outer + 1 + len(spec.shape) or output.shape[outer] not in (self.size, 1):
+                raise OutputMismatchError(
+                    f"{self.describe()}: expected an output with {outer + 1} batch axes in front of "
+                    f"{list(spec.shape)}, the last of them of length {self.size}, because of `vmap_method`, got "
+                    f"{list(output.shape)}. Wrap the function without `vmap_method` if it is for one example."
+                )
+            full = output.expand(*output.shape[:outer], self.size, *spec.shape)
+            results.append(full.sum(outer) if dim is None else full.movedim(outer, outer + dim))
+        return tuple(results)
+
+
+def _with_batch_axis(tensor: torch.Tensor, dim: int | None, outer: int, size: int) -> torch.Tensor:
+    """The tensor with its batch axis behind the `outer` first ones; where it has none, a new one of this size."""
+    if dim is not None:
+        return tensor.movedim(outer + dim, outer)
+    sizes = list(tensor.shape)
+    return tensor.unsqueeze(outer).expand(*sizes[:outer], size, *sizes[outer:])
 
 
 class Select(Derived):

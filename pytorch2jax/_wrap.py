@@ -5,19 +5,28 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
 import torch
 
 from pytorch2jax._arguments import take_apart
-from pytorch2jax._dtypes import canonical_dtype_t2j
 from pytorch2jax._errors import LeafTypeError
 from pytorch2jax._function import TorchFunction, spec_of
 from pytorch2jax._inference import Surroundings
+from pytorch2jax._options import (
+    checked_options,
+    constants,
+    example_dtype,
+    example_spec,
+    lock_of,
+    normalised_shapes,
+    shapes_key,
+)
 from pytorch2jax._primitive import torch_call
 from pytorch2jax._rng import SEED_DRAW, seed_from_key
+from pytorch2jax._sharding import run_on_shards
 from pytorch2jax._trees import is_static
 
 
@@ -26,6 +35,17 @@ def torch2jax(
     *example_args: Any,
     example_kw: dict[str, Any] | None = None,
     output_shapes: Any = None,
+    depth: int | None = None,
+    nondiff_argnums: int | Sequence[int] | None = None,
+    nondiff_mask: Any = None,
+    use_zeros: bool = True,
+    use_torch_vjp: bool = True,
+    out_specs: Any = None,
+    output_sharding_spec: Any = None,
+    batch_axes: int | Sequence[int | None] | None = None,
+    sharding_rule: str | None = None,
+    vmap_method: str | None = None,
+    lock: Any = False,
     widen_ints: bool = True,
 ) -> Callable[..., Any]:
     """Turn a torch function into a JAX function that runs it.
@@ -39,12 +59,40 @@ def torch2jax(
             `nn.Module` works too, with its parameters as constants; `convert_pytnn_to_jax` makes them
             arguments.
         *example_args: optional arguments like those of later calls: tensors, arrays or
-            `jax.ShapeDtypeStruct`. With them, `fn` is checked here instead of at its first call. Later
-            calls may have other shapes.
+            `jax.ShapeDtypeStruct`. With them, `fn` is checked here instead of at its first call, and gets
+            tensors of the dtypes that its example tensors have, while `jax_enable_x64` is off. Later calls
+            may have other shapes.
         example_kw: the same for keyword arguments.
-        output_shapes: what `fn` returns, as a pytree of objects with `shape` and `dtype`. Without it that
-            is found out at trace time, by one run on fake tensors. With it `fn` never runs before it is
-            called; then nothing is known about in-place writes, so that every input is copied.
+        output_shapes: what `fn` returns, as a pytree of objects with `shape` and `dtype`, or of shapes alone
+            (`torch.Size`, tuples or lists of int) where all floating arguments have the dtype of the outputs.
+            Without it that is found out at trace time, by one run on fake tensors. With it `fn` never runs
+            before it is called; then nothing is known about in-place writes, so that every input is copied.
+            It holds for the shapes of the examples, or of the first call; for others it is found out, and
+            taken as declared where that fails.
+        depth: the highest order of derivatives that may be asked for; `0` for none. None: any order.
+        nondiff_argnums: positional arguments that are constants to JAX's derivatives.
+        nondiff_mask: the same for single leaves: a pytree of bools in the structure of the positional
+            arguments, or of a prefix of it.
+        use_zeros, use_torch_vjp: without effect. Gradients of what is not differentiated are always zeros, which
+            JAX does not compute; and the way through torch (`torch.autograd`, `torch.func`) is found out.
+        out_specs: how the outputs are sharded, a `jax.sharding.PartitionSpec` or a pytree of them, for arguments
+            that are sharded along explicit axes of a mesh: `fn` then runs on each shard, inside `jax.shard_map`.
+            Without it such a call is an error, because JAX would have to gather the arguments.
+        output_sharding_spec: the old name of `out_specs`.
+        batch_axes: the axis of the batch in the arguments, a number for all of them or a tuple with a number or None
+            for each positional argument; outputs have it first. Where XLA partitions a computation over devices by
+            itself (sharded arguments under `jax.jit`), each device then runs `fn` on its part of the batch, and
+            gradients of what has no batch are summed. Without it each device runs `fn` on everything. `fn` has
+            to treat the rows of a batch each by itself; in training mode, normalisations over the batch do
+            so with the rows of one device, and random numbers differ between devices.
+        sharding_rule: the same for any axes, in the notation of Shardy: `"b i, o i -> b o"` names the axes of all
+            arguments and outputs, and `fn` can be split along those that all outputs have.
+        vmap_method: how `jax.vmap` runs `fn`. None: as `torch.vmap` where torch can, else once for each
+            example. `"sequential"`: once for each example. `"expand_dims"` and `"broadcast_all"`: once, on tensors
+            with the batch axis in front, for an `fn` that can take that; what is not batched has an axis of length 1
+            there, or is repeated.
+        lock: `True`, or a lock, to hold while `fn` runs: where it has state of its own, and runs on several
+            devices or in several threads.
         widen_ints: while `jax_enable_x64` is off, `fn` gets JAX's int32 arrays as int64, the dtype that
             torch wants for indices. `False` hands them over as int32.
 
@@ -58,6 +106,9 @@ def torch2jax(
 
     Raises:
         LeafTypeError: an argument or output is something that cannot pass between the frameworks.
+        OptionError: an option has a value that does not exist, or does not fit the arguments.
+        DeviceError: an argument is sharded along an explicit axis of a mesh, and there are no `out_specs`.
+        UnsupportedTransformError: a derivative of higher order than `depth` is asked for.
         InferenceError: `fn` fails on inputs of these shapes and dtypes.
         OutputMismatchError: `fn` returns something else than declared or inferred; at run time.
         TorchCallError: torch raised an exception; at run time, outside of `jax.jit`. Under `jax.jit` JAX
@@ -76,19 +127,28 @@ def torch2jax(
         raise LeafTypeError(f"torch2jax: expected a torch callable, got {type(fn).__name__}.")
     name = _name(fn)
     takes_rng = "rng" not in _parameter_names(fn)
-    output_key = None if output_shapes is None else _declared_key(output_shapes)
-    function = TorchFunction(
+    leaves, treedef = jax.tree.flatten((example_args, example_kw or {}))
+    positions = [i for i, leaf in enumerate(leaves) if not is_static(leaf)]
+    options = checked_options(
         name,
-        _PlainCall(fn),
-        identity=_Identity(fn),
         widen_ints=widen_ints,
+        depth=depth,
+        vmap_method=vmap_method,
+        example_dtypes=[example_dtype(leaves[i]) for i in positions],
+        batch_axes=batch_axes,
+        sharding_rule=sharding_rule,
     )
+    held = constants(name, nondiff_argnums, nondiff_mask)
+    out_specs = output_sharding_spec if out_specs is None else out_specs
+    call = _PlainCall(fn, lock_of(name, lock))
+    function = TorchFunction(name, call, identity=call.identity, options=options)
 
-    @functools.wraps(fn, updated=())
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
         key = kwargs.pop("rng", None) if takes_rng else None
         arguments = take_apart(name, args, kwargs)
-        program = function.bind((), arguments, output_shapes=output_shapes, output_key=output_key)
+        shapes = None if output_shapes is None else normalised_shapes(name, output_shapes, arguments.arrays)
+        output_key = None if shapes is None else shapes_key(shapes)
+        program = function.bind((), arguments, output_shapes=shapes, output_key=output_key)
         inputs = list(arguments.arrays)
         if key is not None:
             seed = seed_from_key(name, key)
@@ -100,8 +160,14 @@ def torch2jax(
         inputs.insert(0, seed)
         return program.rebuild(torch_call(program, *inputs))[0]
 
-    if example_args or example_kw:
-        _check_on_examples(function, wrapped, example_args, example_kw or {})
+    @functools.wraps(fn, updated=())
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if held is not None:
+            args = held.held(name, args)
+        return run_on_shards(name, run, args, kwargs, out_specs)
+
+    if positions:
+        _check_on_examples(function, wrapped, leaves, treedef, positions)
     return wrapped
 
 
@@ -125,28 +191,34 @@ def py_to_jax_wrapper(fn: Callable[..., Any]) -> Callable[..., Any]:
     return torch2jax(fn)
 
 
-_NOTHING = contextlib.nullcontext()
+_NOTHING: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 
 
 class _PlainCall:
     """A torch callable without tensors of its own, as a `TorchCallable`."""
 
-    def __init__(self, fn: Callable[..., Any]) -> None:
+    def __init__(self, fn: Callable[..., Any], lock: contextlib.AbstractContextManager[Any] | None) -> None:
         self.fn = fn
+        self._lock = lock
+
+    @property
+    def identity(self) -> Hashable:
+        """Equal for the same function with the same lock."""
+        return _Identity(self.fn), id(self._lock)
 
     def __call__(
         self, own: list[torch.Tensor], variant: Hashable, args: Any, kwargs: Any
     ) -> tuple[Any, list[torch.Tensor]]:
         return self.fn(*args, **kwargs), own
 
-    def plain_function(self) -> Callable[..., Any]:
-        return self.fn
+    def plain_function(self) -> Callable[..., Any] | None:
+        return self.fn if self._lock is None else None
 
     def hold(self, own: list[torch.Tensor], variant: Hashable) -> None:
         pass
 
     def exclusive(self) -> contextlib.AbstractContextManager[None]:
-        return _NOTHING
+        return _NOTHING if self._lock is None else self._lock
 
     def learning(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -183,24 +255,11 @@ def _parameter_names(fn: Callable[..., Any]) -> frozenset[str]:
         return frozenset()
 
 
-def _declared_key(output_shapes: Any) -> Hashable:
-    leaves, treedef = jax.tree.flatten(output_shapes, is_leaf=lambda x: hasattr(x, "shape"))
-    return treedef, tuple((tuple(x.shape), str(x.dtype)) for x in leaves if hasattr(x, "shape"))
-
-
 def _check_on_examples(
-    function: TorchFunction, wrapped: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    function: TorchFunction, wrapped: Callable[..., Any], leaves: list[Any], treedef: Any, positions: list[int]
 ) -> None:
     """Infer for the example arguments, and keep their values for functions that fake tensors cannot follow."""
-    leaves, treedef = jax.tree.flatten((args, kwargs))
-    positions = [i for i, leaf in enumerate(leaves) if not is_static(leaf)]
     examples = [leaves[i] for i in positions]
-    structs = [
-        jax.ShapeDtypeStruct(
-            tuple(x.shape), canonical_dtype_t2j(x.dtype) if isinstance(x.dtype, torch.dtype) else x.dtype
-        )
-        for x in examples
-    ]
 
     def call(*arrays: Any) -> Any:
         filled = list(leaves)
@@ -210,6 +269,6 @@ def _check_on_examples(
         return wrapped(*args, **kwargs)
 
     if not any(isinstance(x, jax.ShapeDtypeStruct) for x in examples):
-        function.examples = take_apart(function.name, args, kwargs).arrays
+        function.examples = take_apart(function.name, *treedef.unflatten(leaves)).arrays
         function.example_specs = tuple(map(spec_of, function.examples))
-    jax.eval_shape(call, *structs)
+    jax.eval_shape(call, *map(example_spec, examples))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
@@ -12,7 +13,12 @@ from pytorch2jax._module import ConvertedModule
 
 
 def convert_pytnn_to_equinox(
-    model: torch.nn.Module, *, with_state: bool = False, copy: bool = True, prefix: str = ""
+    model: torch.nn.Module,
+    *,
+    with_state: bool = False,
+    copy: bool = True,
+    prefix: str = "",
+    batch_axes: int | Sequence[int | None] | None = None,
 ) -> Any:
     """Turn a torch module into an Equinox module.
 
@@ -23,6 +29,8 @@ def convert_pytnn_to_equinox(
         copy: see `convert_pytnn_to_jax`.
         prefix: put in front of the keywords `key`, `state` and `inference` of a call, for models whose `forward`
             has arguments of these names.
+        batch_axes: the axis of the batch in the arguments of `forward`, for arrays that are sharded over devices;
+            see `convert_pytnn_to_jax`. Without it, each device runs the model on the whole batch.
 
     Returns:
         An `eqx.Module`, or with `with_state=True` `(module, eqx.nn.State)`. Its array leaves are the parameters, in
@@ -45,7 +53,7 @@ def convert_pytnn_to_equinox(
         Array([4., 4.], dtype=float32)
     """
     keywords = {"key": None, "state": None, "inference": None}
-    converted = ConvertedModule(model, copy=copy, prefix=prefix, keywords=keywords)
+    converted = ConvertedModule(model, copy=copy, prefix=prefix, keywords=keywords, batch_axes=batch_axes)
     params, state = converted.take_initial()
     if not with_state:
         return TorchModule(params, None, converted)

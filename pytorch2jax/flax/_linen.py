@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any, ClassVar
 
@@ -23,7 +24,11 @@ _BUFFERS = "buffers"
 
 
 def convert_pytnn_to_flax(
-    model: torch.nn.Module, *, copy: bool = True, prefix: str = ""
+    model: torch.nn.Module,
+    *,
+    copy: bool = True,
+    prefix: str = "",
+    batch_axes: int | Sequence[int | None] | None = None,
 ) -> tuple[type[nn.Module], dict[str, Any]]:
     """Turn a torch module into a Flax Linen module class and its parameters.
 
@@ -31,6 +36,8 @@ def convert_pytnn_to_flax(
         model: any `torch.nn.Module`. It is not changed, and changes to it later do not reach the class.
         copy: see `convert_pytnn_to_jax`.
         prefix: put in front of the keyword `train`, for models whose `forward` has an argument of that name.
+        batch_axes: the axis of the batch in the arguments of `forward`, for arrays that are sharded over devices;
+            see `convert_pytnn_to_jax`. Without it, each device runs the model on the whole batch.
 
     Returns:
         `(module_class, params)`. `module_class()` takes no arguments, so that `module_class()(x)` works in
@@ -63,7 +70,7 @@ def convert_pytnn_to_flax(
         >>> jax.jit(model.apply)(variables, jnp.ones((4, 3))).shape
         (4, 2)
     """
-    converted = ConvertedModule(model, copy=copy, prefix=prefix, keywords={"train": False})
+    converted = ConvertedModule(model, copy=copy, prefix=prefix, keywords={"train": False}, batch_axes=batch_axes)
 
     class Converted(_TorchModule):
         torch_module: ClassVar[ConvertedModule] = converted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ def convert_pytnn_to_nnx(
     example_kw: dict[str, Any] | None = None,
     copy: bool = True,
     prefix: str = "",
+    batch_axes: int | Sequence[int | None] | None = None,
 ) -> TorchModule:
     """Turn a torch module into a Flax NNX module.
 
@@ -40,6 +42,8 @@ def convert_pytnn_to_nnx(
         copy: see `convert_pytnn_to_jax`.
         prefix: put in front of the keywords `train` and `rngs` of a call, for models whose `forward` has
             arguments of these names.
+        batch_axes: the axis of the batch in the arguments of `forward`, for arrays that are sharded over devices;
+            see `convert_pytnn_to_jax`. Without it, each device runs the model on the whole batch.
 
     Returns:
         An `nnx.Module`. It is called with what `forward` takes. Its attributes `params`, `batch_stats` and
@@ -62,7 +66,8 @@ def convert_pytnn_to_nnx(
         >>> gradient["params"]["bias"].get_value()
         Array([4., 4.], dtype=float32)
     """
-    converted = ConvertedModule(model, copy=copy, prefix=prefix, keywords={"train": _MODE, "rngs": None})
+    keywords = {"train": _MODE, "rngs": None}
+    converted = ConvertedModule(model, copy=copy, prefix=prefix, keywords=keywords, batch_axes=batch_axes)
     example = (example_args, example_kw or {}) if example_args or example_kw else None
     return TorchModule(converted, example, rngs)
 
