@@ -40,7 +40,7 @@ def evaluate(program: Program, arrays: Sequence[Any], staged: Callable[..., Any]
     Raises:
         TorchCallError: torch raised an exception, which is the cause.
     """
-    for index, array in enumerate(arrays):
+    for index, array in enumerate(() if program.root.shardable else arrays):
         sharding = getattr(array, "sharding", None)
         if sharding is not None and type(sharding) is not SingleDeviceSharding:
             check_one_device(program.describe(), f"input {index}", array)

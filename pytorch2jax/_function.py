@@ -268,10 +268,7 @@ class BoundFunction(RootProgram):
                 dtype = dtype_j2t(spec.dtype)
             except DtypeError as error:
                 raise DtypeError(f"{self.name}: {path}: {error}") from None
-            if index < given:
-                wide = own[index].dtype
-            else:
-                wide = self._wide(dtype, index - given)
+            wide = own[index].dtype if index < given else self._wide(dtype, index - given)
             tensors.append(TensorSpec(spec.shape, wide if narrowed(wide) == dtype else dtype, path))
         self._widened = [
             (i, t.dtype) for i, (t, s) in enumerate(zip(tensors, specs, strict=True)) if t.dtype != dtype_j2t(s.dtype)

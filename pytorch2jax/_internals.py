@@ -24,7 +24,7 @@ from jax._src.core import trace_state_clean
 from jax._src.custom_partitioning_sharding_rule import SdyShardingRule as ShardingRule
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lib import _jax
-from jax._src.sharding_impls import ShardingContext
+from jax._src.sharding_impls import ShardingContext, parse_flatten_op_sharding
 from jax.experimental.buffer_callback import ExecutionContext, buffer_callback
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.interpreters import ad, batching, mlir
@@ -44,6 +44,7 @@ __all__ = [
     "ad",
     "alias_with_storage",
     "array_from_tensor",
+    "axes_of_sharding",
     "batching",
     "buffer_callback",
     "custom_partitioning",
@@ -188,6 +189,17 @@ def explicit_axes(aval: Any) -> tuple[str, ...]:
     types = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
     entries = [(e,) if isinstance(e, str) else tuple(e or ()) for e in sharding.spec]
     return tuple(axis for entry in entries for axis in entry if types.get(axis) is AxisType.Explicit)
+
+
+def axes_of_sharding(mesh: Any, sharding: Any) -> list[tuple[str, ...]]:
+    """Over which axes of a mesh each axis of an array is split, for a sharding as XLA has it; none if it is mixed."""
+    if mesh.empty or sharding is None:
+        return []
+    try:
+        spec = parse_flatten_op_sharding(sharding._hlo_sharding, mesh)[0]
+    except AssertionError:  # a part of an axis of the mesh
+        return []
+    return [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in spec]
 
 
 def n_partitions(context: Any) -> int:

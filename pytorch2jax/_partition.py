@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pytorch2jax._buffers import Buffers
 from pytorch2jax._dtypes import is_inexact
-from pytorch2jax._internals import ShardingRule, custom_partitioning
+from pytorch2jax._internals import ShardingRule, axes_of_sharding, custom_partitioning
 from pytorch2jax._program import Axes, Factors, Program, RootProgram
 from pytorch2jax._tape import HANDLE, FromTape, Taped
 from pytorch2jax._transforms import Derived, Jvp, Select, Vjp, Vmap
@@ -71,7 +71,7 @@ def partitioned(program: Program, bind: Bind) -> tuple[Callable[..., list[Any]],
     call = custom_partitioning(lambda *arrays: bind(program, *arrays))
 
     def partition(mesh: Any, arguments: Sequence[Any], results: Sequence[Any]) -> tuple[Any, ...]:
-        axes = _axes_by_factor(factors.inputs, arguments) if hasattr(mesh, "shape") else {}
+        axes = _axes_by_factor(mesh, factors.inputs, arguments, program.root.shardable)
         local = on_shards(program, {f: math.prod(mesh.shape[a] for a in names) for f, names in axes.items()})
         shard = Shard(local, keeper)
 
@@ -91,7 +91,7 @@ def partitioned(program: Program, bind: Bind) -> tuple[Callable[..., list[Any]],
             tuple(_shardings(mesh, factors.inputs, axes)),
         )
 
-    call.def_partition(partition, sharding_rule=_rule(factors, program.root.shardable))
+    call.def_partition(partition, decode_shardings=False, sharding_rule=_rule(factors, program.root.shardable))
     return call, keeper
 
 
@@ -113,17 +113,17 @@ def _rule(factors: Factors, shardable: frozenset[str]) -> Any:
     return ShardingRule(inputs, outputs, need_replication_factors=tuple(whole))
 
 
-def _axes_by_factor(inputs: Sequence[Axes], arguments: Sequence[Any]) -> dict[str, tuple[str, ...]]:
-    """Over which mesh axes each factor is split."""
+def _axes_by_factor(
+    mesh: Any, inputs: Sequence[Axes], arguments: Sequence[Any], shardable: frozenset[str]
+) -> dict[str, tuple[str, ...]]:
+    """Over which axes of the mesh each factor is split."""
     found: dict[str, tuple[str, ...]] = {}
     taken: set[str] = set()
     for dims, argument in zip(inputs, arguments, strict=True):
-        spec = getattr(argument.sharding, "spec", ())
-        for factor, size, names in zip(dims, argument.shape, spec, strict=False):
-            names = (names,) if isinstance(names, str) else tuple(names or ())
-            if factor is None or factor in found or not names or taken.intersection(names):
+        for factor, size, names in zip(dims, argument.shape, axes_of_sharding(mesh, argument.sharding), strict=False):
+            if factor not in shardable or factor in found or not names or taken.intersection(names):
                 continue
-            if size % math.prod(argument.sharding.mesh.shape[a] for a in names) == 0:
+            if size % math.prod(mesh.shape[a] for a in names) == 0:
                 found[factor] = names
                 taken.update(names)
     return found

@@ -22,6 +22,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import io_callback
 
 from pytorch2jax._bridge import call_in_xla, lower_on_host
 from pytorch2jax._eager import evaluate
@@ -66,13 +68,15 @@ def _is_tracer(array: Any) -> bool:
 
 def _impl(*arrays: Any, program: Program) -> list[Any]:
     if program.draws_from_torch:
-        return [
-            jnp.asarray(t.numpy().astype(s.dtype)) for t, s in zip(program.execute([]), program.out_specs, strict=True)
-        ]
+        return list(map(jnp.asarray, _draw(program)))
     outputs = evaluate(program, arrays, lambda *inputs: torch_call_p.bind(*inputs, program=program))
     if isinstance(program, Taped):
         program.release_with(outputs[-1])
     return outputs
+
+
+def _draw(program: Program) -> list[np.ndarray[Any, Any]]:
+    return [t.numpy().astype(s.dtype) for t, s in zip(program.execute([]), program.out_specs, strict=True)]
 
 
 torch_call_p.def_impl(_impl)
@@ -111,7 +115,11 @@ def _lower_on_devices(lower: Any, context: Any, *operands: Any, program: Program
         call, keeper = partitioned(program, _bind)
         context.module_context.add_keepalive(keeper)
         return mlir.lower_fun(call, multiple_results=True)(context, *operands)
-    if n_devices > 1 and not program.draws_from_torch and program.root.first_time("replicated"):
+    if n_devices > 1 and program.draws_from_torch:
+        # On the first device, for all of them; XLA knows how to do that for JAX's own callbacks only.
+        results = [jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in program.out_specs]
+        return mlir.lower_fun(functools.partial(io_callback, functools.partial(_draw, program), results))(context)
+    if n_devices > 1 and program.root.first_time("replicated"):
         warnings.warn(
             f"{program.root.name}: the same call of torch runs on each of {n_devices} devices, on inputs that are "
             "gathered there, because XLA cannot see into it. Say along which axes it can be split (`batch_axes=0`), or "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import re
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -164,13 +166,17 @@ def shardable(factors: Factors, constant: frozenset[int]) -> frozenset[str]:
 def run_on_shards(
     call: str, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out_specs: Any
 ) -> Any:
-    """`run(*args, **kwargs)`; with `out_specs` on each shard of what is sharded along explicit axes of a mesh.
+    """`run(args, kwargs)` on each shard of what is sharded along explicit axes of a mesh.
+
+    Args:
+        call: the function's name, for messages.
+        run: gets arguments, keyword arguments, and on shards a function that gives the part of declared outputs.
+        args, kwargs: the arguments.
+        out_specs: the specs of the outputs.
 
     Raises:
-        OptionError: `out_specs` name an axis that is not explicit.
+        OptionError: `out_specs` name an axis that is not explicit, or do not divide an output.
     """
-    if out_specs is None:
-        return run(*args, **kwargs)
     treedef: Any
     leaves, treedef = jax.tree.flatten((args, kwargs))
     positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
@@ -178,7 +184,7 @@ def run_on_shards(
     mesh = _mesh_of(avals)
     axes = {axis for aval in avals for axis in explicit_axes(aval)} | _explicit(call, out_specs, mesh)
     if not axes:
-        return run(*args, **kwargs)
+        return run(args, kwargs)
     in_specs = tuple(aval.sharding.spec for aval in avals)
 
     def on_one_shard(*arrays: Any) -> Any:
@@ -186,10 +192,31 @@ def run_on_shards(
         for position, array in zip(positions, arrays, strict=True):
             filled[position] = array
         args, kwargs = treedef.unflatten(filled)
-        return run(*args, **kwargs)
+        return run(args, kwargs, functools.partial(_local_shapes, call, out_specs, mesh))
 
     mapped = jax.shard_map(on_one_shard, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=axes)
     return mapped(*[leaves[i] for i in positions])
+
+
+def _local_shapes(call: str, out_specs: Any, mesh: Any, shapes: Any) -> Any:
+    """What one device has of declared outputs."""
+    specs = jax.tree.broadcast(out_specs, shapes, is_leaf=lambda s: isinstance(s, PartitionSpec))
+
+    def local(whole: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        counts = [math.prod(mesh.shape[axis] for axis in _axes_in(entry)) for entry in spec]
+        counts += [1] * (len(whole.shape) - len(counts))
+        if len(counts) > len(whole.shape) or any(n % k for n, k in zip(whole.shape, counts, strict=True)):
+            raise OptionError(
+                f"{call}: out_specs: expected axes that divide the declared output of shape {list(whole.shape)}, got "
+                f"{spec} over a mesh of {dict(mesh.shape)}."
+            )
+        return jax.ShapeDtypeStruct(tuple(n // k for n, k in zip(whole.shape, counts, strict=True)), whole.dtype)
+
+    return jax.tree.map(local, shapes, specs)
+
+
+def _axes_in(entry: Any) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def _mesh_of(avals: Sequence[Any]) -> Any:
@@ -205,12 +232,12 @@ def _explicit(call: str, out_specs: Any, mesh: Any) -> set[str]:
     named: set[str] = set()
     for spec in jax.tree.leaves(out_specs, is_leaf=lambda s: isinstance(s, PartitionSpec)):
         for entry in spec:
-            named.update((entry,) if isinstance(entry, str) else entry or ())
+            named.update(_axes_in(entry))
     others = sorted(axis for axis in named if types.get(axis) is AxisType.Auto)
     if others:
         raise OptionError(
             f"{call}: out_specs: expected explicit axes of the mesh, got {', '.join(others)}, along which XLA "
-            "partitions by itself. Say `batch_axes` instead, or call the function inside `jax.shard_map`, or make the mesh with "
-            "`axis_types=(AxisType.Explicit, ...)`."
+            "partitions by itself. Say `batch_axes` instead, or call the function inside `jax.shard_map`, or make the "
+            "mesh with `axis_types=(AxisType.Explicit, ...)`."
         )
     return {axis for axis in named if types.get(axis) is AxisType.Explicit}

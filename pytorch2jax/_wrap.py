@@ -143,10 +143,10 @@ def torch2jax(
     call = _PlainCall(fn, lock_of(name, lock))
     function = TorchFunction(name, call, identity=call.identity, options=options)
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any], local: Callable[[Any], Any] = _as_it_is) -> Any:
         key = kwargs.pop("rng", None) if takes_rng else None
         arguments = take_apart(name, args, kwargs)
-        shapes = None if output_shapes is None else normalised_shapes(name, output_shapes, arguments.arrays)
+        shapes = None if output_shapes is None else local(normalised_shapes(name, output_shapes, arguments.arrays))
         output_key = None if shapes is None else shapes_key(shapes)
         program = function.bind((), arguments, output_shapes=shapes, output_key=output_key)
         inputs = list(arguments.arrays)
@@ -164,7 +164,7 @@ def torch2jax(
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if held is not None:
             args = held.held(name, args)
-        return run_on_shards(name, run, args, kwargs, out_specs)
+        return run(args, kwargs) if out_specs is None else run_on_shards(name, run, args, kwargs, out_specs)
 
     if positions:
         _check_on_examples(function, wrapped, leaves, treedef, positions)
@@ -189,6 +189,10 @@ def py_to_jax_wrapper(fn: Callable[..., Any]) -> Callable[..., Any]:
         Array([2., 2.], dtype=float32)
     """
     return torch2jax(fn)
+
+
+def _as_it_is(shapes: Any) -> Any:
+    return shapes
 
 
 _NOTHING: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
