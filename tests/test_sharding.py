@@ -55,6 +55,16 @@ def test_on_eight_devices():
     assert "no tests ran" not in result.stdout
 
 
+def test_the_example_of_tensor_parallelism():
+    example = pathlib.Path(__file__).parent.parent / "examples" / "tensor_parallel.py"
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    result = subprocess.run(
+        [sys.executable, example], env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "mesh: {'data': 4, 'model': 2}" in result.stdout
+
+
 def layer(x, w):
     return torch.tanh(x @ w)
 
