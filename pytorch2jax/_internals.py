@@ -25,6 +25,7 @@ from jax._src.custom_partitioning_sharding_rule import SdyShardingRule as Shardi
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lib import _jax
 from jax._src.sharding_impls import ShardingContext, parse_flatten_op_sharding
+from jax.experimental import io_callback
 from jax.experimental.buffer_callback import ExecutionContext, buffer_callback
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.interpreters import ad, batching, mlir
@@ -55,6 +56,7 @@ __all__ = [
     "gradient_edge",
     "has_only_host",
     "hold_weakly",
+    "io_callback",
     "is_any_autocast_enabled",
     "is_batched",
     "is_deterministic",

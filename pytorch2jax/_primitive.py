@@ -23,7 +23,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import io_callback
 
 from pytorch2jax._bridge import call_in_xla, lower_on_host
 from pytorch2jax._eager import evaluate
@@ -35,6 +34,7 @@ from pytorch2jax._internals import (
     ad,
     batching,
     explicit_axes,
+    io_callback,
     lower_with_devices,
     mlir,
     n_partitions,
