@@ -25,7 +25,8 @@ test: $(STAMP) ## Run the tests
 	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal $(PYTEST_ARGS)
 
 stress: $(STAMP) ## Compare thousands of random programs with the tape and without it (an hour)
-	PYTORCH2JAX_STRESS_PROGRAMS=3000 $(BIN)/python -m pytest tests/test_tape_stress.py $(PYTEST_ARGS)
+	PYTORCH2JAX_STRESS_PROGRAMS=3000 PYTORCH2JAX_PROGRAMS=3000 \
+		$(BIN)/python -m pytest --numprocesses=2 tests/test_tape_stress.py tests/test_programs.py $(PYTEST_ARGS)
 
 lint: $(STAMP) ## Check style and types
 	$(BIN)/ruff check .

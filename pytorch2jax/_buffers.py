@@ -78,7 +78,7 @@ class HostBuffers(Buffers):
     def copy(self, index: int, value: torch.Tensor) -> None:
         views = self._views[index]
         plain = views.small and value.dtype is views.dtype and value.is_contiguous() and not value.is_neg()
-        if plain and value.nbytes == views.n_bytes:
+        if plain and value.is_cpu and value.nbytes == views.n_bytes:
             address, source = self._addresses[index], value.data_ptr()
             if source != address:
                 ctypes.memmove(address, source, views.n_bytes)

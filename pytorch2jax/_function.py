@@ -459,7 +459,8 @@ class BoundFunction(RootProgram):
                 out, after = self._callable(own, self._what.variant, tensors[len(own) :], {})
             changed = any(map(operator.is_not, after, own))
         expected = self.inferred.outputs[0]
-        if changed or type(out) is not torch.Tensor or out.dtype is not expected.dtype or out.shape != expected.shape:
+        odd = changed or type(out) is not torch.Tensor or out.is_meta
+        if odd or out.dtype is not expected.dtype or out.shape != expected.shape:
             out = self._outputs(list(tensors), out, after if changed else [])[0]  # or says what is wrong
         return out
 

@@ -54,6 +54,7 @@ __all__ = [
     "flat_vmap",
     "flatten_torch_node",
     "gradient_edge",
+    "has_memory",
     "has_only_host",
     "hold_weakly",
     "io_callback",
@@ -278,6 +279,14 @@ def storage_address(tensor: torch.Tensor) -> int:
 def has_only_host() -> bool:
     """Whether JAX has no other devices than the host's."""
     return set(jax.extend.backend.backends()) <= {"cpu", "interpreter"}
+
+
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether there is data behind a tensor: it is not on the meta device, not fake, not wrapped by `torch.func`."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    is_fake = module is not None and isinstance(tensor, module.FakeTensor)
+    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return not (tensor.is_meta or is_fake or wrapped)
 
 
 def is_python_thread() -> bool:

@@ -13,7 +13,7 @@ from pytorch2jax._arguments import take_apart
 from pytorch2jax._errors import ConversionError, InferenceError, RandomnessError
 from pytorch2jax._function import BoundFunction, TorchFunction
 from pytorch2jax._options import Options
-from pytorch2jax._params import Leaf, arrays_of, check_shapes, flatten, layout_of, nest, own_tensors
+from pytorch2jax._params import Leaf, arrays_of, check_module, check_shapes, flatten, layout_of, nest, own_tensors
 from pytorch2jax._primitive import torch_call
 from pytorch2jax._rng import seed_from_key
 from pytorch2jax._sharding import splitting
@@ -253,10 +253,7 @@ class _Order:
 
 def _checked(model: nn.Module) -> nn.Module:
     """The module, if it is of a kind that can be converted."""
-    if not isinstance(model, nn.Module):
-        raise ConversionError(
-            f"convert: expected a torch.nn.Module, got {type(model).__name__}. For a function use `torch2jax`."
-        )
+    check_module("convert", model)
     for name, module in model.named_modules():
         if any(map(nn.parameter.is_lazy, (*module._parameters.values(), *module._buffers.values()))):
             raise ConversionError(

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pytorch2jax._errors import LeafTypeError, MissingLeafError, StructureError
+from pytorch2jax._errors import ConversionError, LeafTypeError, MissingLeafError, StructureError
 from pytorch2jax._function import OwnTensor
 from pytorch2jax._transfer import as_array, t2j
 from pytorch2jax._trees import PATH_SEPARATOR
@@ -54,6 +54,17 @@ class Layout(NamedTuple):
 
     params: tuple[Leaf, ...]
     state: tuple[Leaf, ...]
+
+
+def check_module(call: str, model: Any) -> None:
+    """Raise where a torch module is expected and something else came.
+
+    Raises:
+        ConversionError: it did.
+    """
+    if not isinstance(model, nn.Module):
+        advice = " For a function use `torch2jax`." if call == "convert" else ""
+        raise ConversionError(f"{call}: expected a torch.nn.Module, got {type(model).__name__}.{advice}")
 
 
 def layout_of(model: nn.Module) -> Layout:

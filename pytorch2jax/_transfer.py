@@ -19,7 +19,7 @@ import torch
 
 from pytorch2jax._dtypes import dtype_j2t, dtype_t2j, narrowed
 from pytorch2jax._errors import DeviceError, LeafTypeError, NarrowingError, OptionError
-from pytorch2jax._internals import has_only_host, uncommitted, x64_enabled
+from pytorch2jax._internals import has_memory, has_only_host, uncommitted, x64_enabled
 
 _INTEGERS = (torch.int64, torch.uint64)
 
@@ -61,8 +61,12 @@ def t2j(tensor: torch.Tensor, via: str = "dlpack", *, copy: bool = False) -> jax
             f"t2j: expected a dense tensor, got layout {tensor.layout}, quantized={tensor.is_quantized}, "
             f"nested={tensor.is_nested}. Call `.to_dense()`, `.dequantize()` or `.to_padded_tensor()` first."
         )
-    if tensor.device.type == "meta":
-        raise LeafTypeError("t2j: expected a tensor with data, got one on torch's meta device.")
+    if not has_memory(tensor):
+        raise LeafTypeError(
+            f"t2j: expected a tensor with data, got a {type(tensor).__name__} on {tensor.device} without any: on "
+            "torch's meta device, or inside a torch function while its outputs are inferred, or inside `torch.func`. Convert "
+            "outside of the function."
+        )
     dtype_t2j(tensor.dtype)  # the error for a dtype that JAX lacks
     dense = _narrow(tensor.detach().resolve_conj().resolve_neg())
     if dense.numel() == 0:  # DLPack gives empty tensors no address; JAX refuses some of their strides
@@ -110,6 +114,8 @@ def j2t(array: Any, via: str = "dlpack", *, copy: bool = False) -> torch.Tensor:
             array = jnp.asarray(array)
         except (TypeError, ValueError) as error:
             raise LeafTypeError(f"j2t: expected a JAX array, got {type(array).__name__}.") from error
+    if array.is_deleted():
+        raise LeafTypeError("j2t: expected an array, got one that has been deleted or donated.")
     dtype = dtype_j2t(array.dtype)
     check_one_device("j2t", "array", array)
     if array.size == 0:

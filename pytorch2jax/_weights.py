@@ -11,7 +11,7 @@ from torch import nn
 
 from pytorch2jax._dtypes import dtype_j2t, narrowed
 from pytorch2jax._errors import DtypeError, StructureError
-from pytorch2jax._params import Path, Slot, Slots, address, check_shapes, flatten, layout_of, listed, nest
+from pytorch2jax._params import Path, Slot, Slots, address, check_module, check_shapes, flatten, layout_of, listed, nest
 from pytorch2jax._transfer import j2t
 from pytorch2jax._trees import PATH_SEPARATOR
 
@@ -29,6 +29,7 @@ def params_to_state_dict(model: nn.Module, params: Any, state: Any = None) -> di
         dtypes, on the model's devices. The tensors are copies.
 
     Raises:
+        ConversionError: `model` is no torch module.
         MissingLeafError: a parameter or buffer of the model is not in the tree.
         StructureError: the tree has a leaf that the model lacks, or one of another shape.
         DtypeError: a leaf has another dtype than the model's tensor.
@@ -65,6 +66,7 @@ def load_params(model: nn.Module, params: Any, state: Any = None) -> nn.Module:
         `model`.
 
     Raises:
+        ConversionError: `model` is no torch module.
         MissingLeafError: a parameter or buffer of the model is not in the tree.
         StructureError: the tree has a leaf that the model lacks, or one of another shape.
         DtypeError: a leaf has another dtype than the model's tensor. Nothing is written in any of these cases.
@@ -88,6 +90,7 @@ def load_params(model: nn.Module, params: Any, state: Any = None) -> nn.Module:
 
 
 def _tensors_by_slot(call: str, model: nn.Module, params: Any, state: Any) -> dict[Slot, torch.Tensor]:
+    check_module(call, model)
     layout = layout_of(model)
     trees = [("params", layout.params, params)]
     if state is not None:
@@ -117,6 +120,9 @@ def trainable_mask(model: nn.Module) -> dict[str, Any]:
     Returns:
         A nested dict like `params`, with `requires_grad` of each parameter as a bool.
 
+    Raises:
+        ConversionError: `model` is no torch module.
+
     Example:
         >>> from torch import nn
         >>> model = nn.Linear(2, 3)
@@ -124,6 +130,7 @@ def trainable_mask(model: nn.Module) -> dict[str, Any]:
         >>> trainable_mask(model)
         {'weight': True, 'bias': False}
     """
+    check_module("trainable_mask", model)
     leaves = layout_of(model).params
     return nest(leaves, (leaf.trainable for leaf in leaves))
 
