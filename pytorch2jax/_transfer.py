@@ -64,8 +64,8 @@ def t2j(tensor: torch.Tensor, via: str = "dlpack", *, copy: bool = False) -> jax
     if not has_memory(tensor):
         raise LeafTypeError(
             f"t2j: expected a tensor with data, got a {type(tensor).__name__} on {tensor.device} without any: on "
-            "torch's meta device, or inside a torch function while its outputs are inferred, or inside `torch.func`. Convert "
-            "outside of the function."
+            "torch's meta device, or inside a torch function while its outputs are inferred, or inside `torch.func`. "
+            "Convert outside of the function."
         )
     dtype_t2j(tensor.dtype)  # the error for a dtype that JAX lacks
     dense = _narrow(tensor.detach().resolve_conj().resolve_neg())
