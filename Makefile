@@ -7,7 +7,7 @@ BENCH_VENV := .venv-bench
 BENCH_STAMP := $(BENCH_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env test stress lint format demo bench clean
+.PHONY: help env test stress endurance lint format demo bench clean
 
 help: ## Show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -27,6 +27,9 @@ test: $(STAMP) ## Run the tests
 stress: $(STAMP) ## Compare thousands of random programs with the tape and without it (an hour)
 	PYTORCH2JAX_STRESS_PROGRAMS=3000 PYTORCH2JAX_PROGRAMS=3000 \
 		$(BIN)/python -m pytest --numprocesses=2 tests/test_tape_stress.py tests/test_programs.py $(PYTEST_ARGS)
+
+endurance: $(STAMP) ## Look for growth over a hundred thousand calls and a thousand conversions and traces
+	PYTORCH2JAX_ENDURANCE=10 $(BIN)/python -m pytest tests/test_endurance.py $(PYTEST_ARGS)
 
 lint: $(STAMP) ## Check style and types
 	$(BIN)/ruff check .

@@ -19,6 +19,7 @@ from pytorch2jax._buffers import Buffers, Views
 from pytorch2jax._dtypes import dtype_j2t
 from pytorch2jax._internals import array_from_tensor, is_held_elsewhere, jit_disabled, uncommitted
 from pytorch2jax._program import Program
+from pytorch2jax._threads import check_process
 from pytorch2jax._transfer import check_one_device, torch_device
 
 _LARGE_BYTES = 1 << 21
@@ -39,7 +40,9 @@ def evaluate(program: Program, arrays: Sequence[Any], staged: Callable[..., Any]
 
     Raises:
         TorchCallError: torch raised an exception, which is the cause.
+        ForkError: JAX was running already when the process was forked.
     """
+    check_process(program.describe())
     for index, array in enumerate(() if program.root.shardable else arrays):
         sharding = getattr(array, "sharding", None)
         if sharding is not None and type(sharding) is not SingleDeviceSharding:

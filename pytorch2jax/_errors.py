@@ -38,6 +38,10 @@ class DeviceError(Pytorch2JaxError, ValueError):
     """An array lies on a device, or on several devices, where torch cannot read it."""
 
 
+class ForkError(Pytorch2JaxError, RuntimeError):
+    """A call in a process that was forked from one in which JAX was running, where JAX would hang."""
+
+
 class OutputMismatchError(Pytorch2JaxError, ValueError):
     """The torch function returned something else than was declared or inferred."""
 

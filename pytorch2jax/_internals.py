@@ -18,7 +18,7 @@ import jax.extend.core
 import numpy as np
 import torch
 import torch.utils._pytree as torch_pytree
-from jax._src import dispatch, effects, util
+from jax._src import dispatch, effects, util, xla_bridge
 from jax._src.array import ArrayImpl as _ArrayImpl
 from jax._src.core import trace_state_clean
 from jax._src.custom_partitioning_sharding_rule import SdyShardingRule as ShardingRule
@@ -54,6 +54,7 @@ __all__ = [
     "flat_vmap",
     "flatten_torch_node",
     "gradient_edge",
+    "has_backends",
     "has_memory",
     "has_only_host",
     "hold_weakly",
@@ -273,6 +274,11 @@ def run_backward(outputs: Any, cotangents: Any, inputs: Any) -> tuple[torch.Tens
 def storage_address(tensor: torch.Tensor) -> int:
     """Where torch keeps the record of a tensor's memory; the same for all views of it."""
     return int(tensor.untyped_storage()._cdata)
+
+
+def has_backends() -> bool:
+    """Whether JAX has started up in this process."""
+    return bool(xla_bridge.backends_are_initialized())
 
 
 @functools.cache

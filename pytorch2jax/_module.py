@@ -130,6 +130,12 @@ class ConvertedModule:
     def __deepcopy__(self, memo: dict[int, Any]) -> ConvertedModule:
         return self  # it has no state of its own
 
+    def __reduce__(self) -> Any:
+        raise ConversionError(
+            f"pickle: {self.name}: expected something that can be pickled, got a converted module, which holds a torch "
+            "module and compiled programs. Save its parameters (orbax, safetensors), and convert the model again."
+        )
+
     def initial(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Parameters and state as they were at conversion."""
         assert self._params is not None
