@@ -66,5 +66,9 @@ class TorchCallError(Pytorch2JaxError, RuntimeError):
     """Torch raised an exception while JAX was running it; the original is the `__cause__`."""
 
 
+class NestingError(Pytorch2JaxError, RuntimeError):
+    """JAX was called by a torch function while JAX was running that, where it could wait for itself for ever."""
+
+
 class LoopWarning(UserWarning):
     """`jax.vmap` runs a torch function once for each example because `torch.vmap` cannot batch it."""
