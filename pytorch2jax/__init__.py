@@ -2,7 +2,8 @@
 
 `convert_pytnn_to_jax(model)` gives a pure function and its parameters, `convert_pytnn_to_flax(model)` a Linen
 module; `torch2jax(fn)` turns any torch function into a JAX function. They run torch's own kernels on XLA's
-buffers, under every JAX transformation. See the README for what works where.
+buffers, under every JAX transformation. `jax2torch(fn)`, `convert_flax_to_pytnn` and their like go the other way.
+See the README for what works where.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pytorch2jax._errors import (
     LoopWarning,
     MissingLeafError,
     NarrowingError,
+    NestingError,
     OutputMismatchError,
     Pytorch2JaxError,
     RandomnessError,
@@ -29,6 +31,7 @@ from pytorch2jax._errors import (
     UnsupportedTransformError,
 )
 from pytorch2jax._module import convert_pytnn_to_jax
+from pytorch2jax._reverse import jax2torch
 from pytorch2jax._tape import use_tape
 from pytorch2jax._transfer import j2t, t2j
 from pytorch2jax._weights import label_params, load_params, params_to_state_dict, trainable_mask
@@ -36,8 +39,13 @@ from pytorch2jax._wrap import py_to_jax_wrapper, torch2jax
 from pytorch2jax.compat import Size, convert_to_jax, convert_to_pyt, tree_j2t, tree_t2j
 
 if TYPE_CHECKING:
-    from pytorch2jax.equinox import convert_pytnn_to_equinox
-    from pytorch2jax.flax import convert_pytnn_to_flax, convert_pytnn_to_nnx
+    from pytorch2jax.equinox import convert_equinox_to_pytnn, convert_pytnn_to_equinox
+    from pytorch2jax.flax import (
+        convert_flax_to_pytnn,
+        convert_nnx_to_pytnn,
+        convert_pytnn_to_flax,
+        convert_pytnn_to_nnx,
+    )
 
 __version__ = "0.2.0"
 
@@ -50,6 +58,7 @@ __all__ = [
     "LoopWarning",
     "MissingLeafError",
     "NarrowingError",
+    "NestingError",
     "OutputMismatchError",
     "Pytorch2JaxError",
     "RandomnessError",
@@ -58,6 +67,9 @@ __all__ = [
     "StructureError",
     "TorchCallError",
     "UnsupportedTransformError",
+    "convert_equinox_to_pytnn",
+    "convert_flax_to_pytnn",
+    "convert_nnx_to_pytnn",
     "convert_pytnn_to_equinox",
     "convert_pytnn_to_flax",
     "convert_pytnn_to_jax",
@@ -67,6 +79,7 @@ __all__ = [
     "dtype_j2t",
     "dtype_t2j",
     "j2t",
+    "jax2torch",
     "label_params",
     "load_params",
     "params_to_state_dict",
@@ -81,6 +94,9 @@ __all__ = [
 
 # Names of the adapters, which import frameworks that need not be installed: looked up on first use.
 _LATE = {
+    "convert_equinox_to_pytnn": "pytorch2jax.equinox",
+    "convert_flax_to_pytnn": "pytorch2jax.flax",
+    "convert_nnx_to_pytnn": "pytorch2jax.flax",
     "convert_pytnn_to_equinox": "pytorch2jax.equinox",
     "convert_pytnn_to_flax": "pytorch2jax.flax",
     "convert_pytnn_to_nnx": "pytorch2jax.flax",

@@ -17,6 +17,7 @@ from pytorch2jax._errors import LeafTypeError
 from pytorch2jax._function import TorchFunction, spec_of
 from pytorch2jax._inference import Surroundings
 from pytorch2jax._primitive import torch_call
+from pytorch2jax._reverse import JaxFunction, note_original
 from pytorch2jax._rng import SEED_DRAW, seed_from_key
 from pytorch2jax._trees import is_static
 
@@ -52,6 +53,7 @@ def torch2jax(
         A function of arrays in the place of tensors. Its extra keyword `rng` (unless `fn` has an argument
         of that name) takes a JAX key from which a random `fn` draws. Without a key, each call takes a
         seed from torch's global generator. Either way a gradient sees the random numbers of its forward.
+        What `jax2torch` made of a JAX function is that function again.
 
     Copies:
         Inputs are not copied, except those that `fn` writes to in place; each output is copied once.
@@ -62,6 +64,7 @@ def torch2jax(
         OutputMismatchError: `fn` returns something else than declared or inferred; at run time.
         TorchCallError: torch raised an exception; at run time, outside of `jax.jit`. Under `jax.jit` JAX
             raises a `jax.errors.JaxRuntimeError` with torch's message and traceback in its text.
+        NestingError: `fn` calls JAX, which could wait for itself for ever.
 
     Example:
         >>> import jax, jax.numpy as jnp, torch
@@ -74,6 +77,9 @@ def torch2jax(
     """
     if not callable(fn):
         raise LeafTypeError(f"torch2jax: expected a torch callable, got {type(fn).__name__}.")
+    has_options = bool(example_args or example_kw or output_shapes is not None or not widen_ints)
+    if isinstance(fn, JaxFunction) and not has_options:
+        return fn.jax_function
     name = _name(fn)
     takes_rng = "rng" not in _parameter_names(fn)
     output_key = None if output_shapes is None else _declared_key(output_shapes)
@@ -102,6 +108,8 @@ def torch2jax(
 
     if example_args or example_kw:
         _check_on_examples(function, wrapped, example_args, example_kw or {})
+    if not has_options:
+        note_original(wrapped, fn)
     return wrapped
 
 
