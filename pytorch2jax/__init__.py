@@ -2,7 +2,8 @@
 
 `convert_pytnn_to_jax(model)` gives a pure function and its parameters, `convert_pytnn_to_flax(model)` a Linen
 module; `torch2jax(fn)` turns any torch function into a JAX function. They run torch's own kernels on XLA's
-buffers, under every JAX transformation. See the README for what works where.
+buffers, under every JAX transformation. `jax2torch(fn)`, `convert_flax_to_pytnn` and their like go the other way.
+See the README for what works where.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pytorch2jax._errors import (
     LoopWarning,
     MissingLeafError,
     NarrowingError,
+    NestingError,
     OptionError,
     OutputMismatchError,
     Pytorch2JaxError,
@@ -32,6 +34,7 @@ from pytorch2jax._errors import (
     UnsupportedTransformError,
 )
 from pytorch2jax._module import convert_pytnn_to_jax
+from pytorch2jax._reverse import jax2torch
 from pytorch2jax._tape import use_tape
 from pytorch2jax._transfer import j2t, t2j
 from pytorch2jax._weights import label_params, load_params, params_to_state_dict, trainable_mask
@@ -50,8 +53,13 @@ from pytorch2jax.compat import (
 )
 
 if TYPE_CHECKING:
-    from pytorch2jax.equinox import convert_pytnn_to_equinox
-    from pytorch2jax.flax import convert_pytnn_to_flax, convert_pytnn_to_nnx
+    from pytorch2jax.equinox import convert_equinox_to_pytnn, convert_pytnn_to_equinox
+    from pytorch2jax.flax import (
+        convert_flax_to_pytnn,
+        convert_nnx_to_pytnn,
+        convert_pytnn_to_flax,
+        convert_pytnn_to_nnx,
+    )
 
 __version__ = "0.2.0"
 
@@ -65,6 +73,7 @@ __all__ = [
     "LoopWarning",
     "MissingLeafError",
     "NarrowingError",
+    "NestingError",
     "OptionError",
     "OutputMismatchError",
     "Pytorch2JaxError",
@@ -76,6 +85,9 @@ __all__ = [
     "TorchCallError",
     "UnsupportedTransformError",
     "compile_and_import_module",
+    "convert_equinox_to_pytnn",
+    "convert_flax_to_pytnn",
+    "convert_nnx_to_pytnn",
     "convert_pytnn_to_equinox",
     "convert_pytnn_to_flax",
     "convert_pytnn_to_jax",
@@ -85,6 +97,7 @@ __all__ = [
     "dtype_j2t",
     "dtype_t2j",
     "j2t",
+    "jax2torch",
     "label_params",
     "load_params",
     "params_to_state_dict",
@@ -103,6 +116,9 @@ __all__ = [
 
 # Names of the adapters, which import frameworks that need not be installed: looked up on first use.
 _LATE = {
+    "convert_equinox_to_pytnn": "pytorch2jax.equinox",
+    "convert_flax_to_pytnn": "pytorch2jax.flax",
+    "convert_nnx_to_pytnn": "pytorch2jax.flax",
     "convert_pytnn_to_equinox": "pytorch2jax.equinox",
     "convert_pytnn_to_flax": "pytorch2jax.flax",
     "convert_pytnn_to_nnx": "pytorch2jax.flax",

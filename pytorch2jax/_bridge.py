@@ -23,7 +23,15 @@ import torch
 from pytorch2jax._buffers import Buffers, HostBuffers, Views
 from pytorch2jax._errors import Pytorch2JaxError, TorchCallError
 from pytorch2jax._ffi import lower_host_call
-from pytorch2jax._internals import ExecutionContext, buffer_callback, set_grad_enabled, tensor_from_capsule
+from pytorch2jax._internals import (
+    ExecutionContext,
+    buffer_callback,
+    current_trace,
+    set_grad_enabled,
+    set_trace,
+    tensor_from_capsule,
+)
+from pytorch2jax._nesting import refusal, refusing_jax
 from pytorch2jax._program import Program
 from pytorch2jax._threads import on_one_team
 
@@ -51,11 +59,14 @@ class _HostCall:
         self._inputs = [Views(spec) for spec in program.in_specs]
         self._outputs = [Views(spec) for spec in program.out_specs]
         self._shares_tensors = program.root.shares_tensors
+        self._refusal = refusal(program.root.describe())
         self._first = True
 
     def __call__(self, inputs: Sequence[int], outputs: Sequence[int]) -> None:
         program = self._program
         recording = torch.is_grad_enabled()
+        trace = current_trace()
+        set_trace(self._refusal)
         try:
             if torch.is_inference_mode_enabled():
                 with torch.inference_mode(False):
@@ -75,6 +86,7 @@ class _HostCall:
                 views.clear()
             raise RuntimeError(_report(program, error)) from None
         finally:
+            set_trace(trace)
             if recording:
                 set_grad_enabled(True)
 
@@ -94,6 +106,8 @@ def call_in_xla(program: Program, *arrays: Any) -> tuple[Any, ...]:
 
 
 def _device_call(program: Program) -> Callable[..., None]:
+    refusing = refusal(program.root.describe())
+
     def run(context: ExecutionContext, results: Sequence[Any], *arguments: Any) -> None:
         try:
             if torch.is_inference_mode_enabled():
@@ -103,7 +117,7 @@ def _device_call(program: Program) -> Callable[..., None]:
             buffers = [tensor_from_capsule(r.__dlpack__()) for r in results]
             device = next((t.device for t in (*tensors, *buffers)), None)
             stream = torch.cuda.ExternalStream(context.stream, device=device)
-            with torch.no_grad(), _ordered(stream), torch.cuda.stream(stream):
+            with torch.no_grad(), _ordered(stream), torch.cuda.stream(stream), refusing_jax(refusing):
                 program.deliver(tensors, Buffers(dict(enumerate(buffers))))
         except Exception as error:
             program.abandon()

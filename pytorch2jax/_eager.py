@@ -18,6 +18,7 @@ from pytorch2jax._bridge import original_error, torch_call_error
 from pytorch2jax._buffers import Buffers, Views
 from pytorch2jax._dtypes import dtype_j2t
 from pytorch2jax._internals import array_from_tensor, is_held_elsewhere, jit_disabled, uncommitted
+from pytorch2jax._nesting import refusal, refusing_jax
 from pytorch2jax._program import Program
 from pytorch2jax._threads import check_process
 from pytorch2jax._transfer import check_one_device, torch_device
@@ -103,7 +104,8 @@ def _over_dlpack(program: Program, arrays: Sequence[Any]) -> list[Any]:
     try:
         with torch.inference_mode(False), torch.no_grad():
             tensors = [Views(spec)[at] for at, spec in zip(addresses, program.in_specs, strict=True)]
-            outputs = list(program.execute(tensors))
+            with refusing_jax(refusal(program.root.describe())):
+                outputs = list(program.execute(tensors))
             results = [_take_over(program, i, outputs, device) for i in range(len(outputs))]
             return results if committed else list(map(uncommitted, results))
     except Exception as error:

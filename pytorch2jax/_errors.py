@@ -78,5 +78,9 @@ class ReplicationWarning(UserWarning):
     """XLA runs the same torch call on each of several devices because nobody said how to split it."""
 
 
+class NestingError(Pytorch2JaxError, RuntimeError):
+    """JAX was called by a torch function while JAX was running that, where it could wait for itself for ever."""
+
+
 class LoopWarning(UserWarning):
     """`jax.vmap` runs a torch function once for each example because `torch.vmap` cannot batch it."""

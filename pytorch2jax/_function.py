@@ -44,6 +44,7 @@ from pytorch2jax._inference import (
     run_without_graph,
 )
 from pytorch2jax._internals import x64_enabled
+from pytorch2jax._nesting import without_jax
 from pytorch2jax._options import Options
 from pytorch2jax._program import Around, Axes, Batching, Program, RootProgram, Style, Tensors
 from pytorch2jax._rng import seeded
@@ -293,7 +294,8 @@ class BoundFunction(RootProgram):
             with self.session(), self._callable.learning():
                 values = functools.partial(self._values, arrays)
                 around = self._callable.surroundings()
-                self.inferred = infer(self.name, self._call, self._tensor_specs, values, self._what.device, around)
+                call = without_jax(self.name, self._call)
+                self.inferred = infer(self.name, call, self._tensor_specs, values, self._what.device, around)
         self._out_dtypes = tuple(dtype_j2t(spec.dtype) for spec in self.inferred.specs)
         self._needs_grad = self.inferred.needs_grad
         self.cuts = self.inferred.cuts

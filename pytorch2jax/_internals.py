@@ -18,7 +18,7 @@ import jax.extend.core
 import numpy as np
 import torch
 import torch.utils._pytree as torch_pytree
-from jax._src import dispatch, effects, util, xla_bridge
+from jax._src import core, dispatch, effects, util, xla_bridge
 from jax._src.array import ArrayImpl as _ArrayImpl
 from jax._src.core import trace_state_clean
 from jax._src.custom_partitioning_sharding_rule import SdyShardingRule as ShardingRule
@@ -39,6 +39,7 @@ __all__ = [
     "ExecutionContext",
     "GradientEdge",
     "Primitive",
+    "RefusingTrace",
     "ShapedArray",
     "ShardingRule",
     "TorchDispatchMode",
@@ -48,6 +49,7 @@ __all__ = [
     "axes_of_sharding",
     "batching",
     "buffer_callback",
+    "current_trace",
     "custom_partitioning",
     "explicit_axes",
     "fake_tensor_mode",
@@ -62,11 +64,15 @@ __all__ = [
     "is_any_autocast_enabled",
     "is_batched",
     "is_deterministic",
+    "is_differentiated",
+    "is_functorch_active",
     "is_held_elsewhere",
     "is_python_thread",
     "is_torch_node",
     "is_turning_grad_off",
+    "is_under_dual_level",
     "jit_disabled",
+    "keeps_graph",
     "lower_with_devices",
     "mlir",
     "n_partitions",
@@ -74,6 +80,7 @@ __all__ = [
     "pe",
     "run_backward",
     "set_grad_enabled",
+    "set_trace",
     "set_vmap_fallback",
     "storage_address",
     "storage_users",
@@ -83,6 +90,7 @@ __all__ = [
     "trace_state_clean",
     "uncommitted",
     "unflatten_torch_node",
+    "unwrap_if_dead",
     "vary_together",
     "x64_enabled",
 ]
@@ -217,6 +225,36 @@ def lower_with_devices(primitive: Any) -> None:
     dispatch.prim_requires_devices_during_lowering.add(primitive)
 
 
+class RefusingTrace(core.Trace):
+    """While it is JAX's current trace in a thread, no operation of JAX runs there.
+
+    Args:
+        error: makes the exception to raise, from the name of JAX's primitive.
+    """
+
+    def __init__(self, error: Callable[[str], Exception]) -> None:
+        super().__init__()
+        self.error = error
+
+    def process_primitive(self, primitive: Any, *_: Any, **__: Any) -> Any:
+        """Refuse; so do the others, for what JAX calls in its own ways."""
+        raise self.error(primitive.name)
+
+    process_call = process_custom_jvp_call = process_custom_vjp_call = process_primitive
+
+    def stage_value(self, val: Any) -> Any:
+        """Constants are no operations."""
+        return val
+
+
+set_trace: Callable[[Any], None] = core.trace_ctx.set_trace
+
+
+def current_trace() -> Any:
+    """What JAX does with operations in this thread at present."""
+    return core.trace_ctx.trace
+
+
 def x64_enabled() -> bool:
     """Whether JAX keeps 64-bit dtypes, in this thread and context."""
     return bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
@@ -328,6 +366,25 @@ def storage_users(tensor: torch.Tensor) -> int:
 def is_batched(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a batch inside of `torch.vmap`."""
     return bool(torch._C._functorch.is_batchedtensor(tensor))
+
+
+is_functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+unwrap_if_dead: Callable[[torch.Tensor], torch.Tensor] = torch._C._functorch.unwrap_if_dead
+keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
+
+
+def is_differentiated(tensor: torch.Tensor) -> bool:
+    """Whether a tensor requires a gradient, in autograd or in any of the `torch.func` transforms around."""
+    while not tensor.requires_grad:
+        if not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            return False
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return True
+
+
+def is_under_dual_level() -> bool:
+    """Whether torch's forward mode is at work (`torch.autograd.forward_ad.dual_level`)."""
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def is_turning_grad_off(func: Any, args: Sequence[Any]) -> bool:

@@ -172,7 +172,7 @@ def _register_with_jax(value: Any) -> None:
     """Let a container type pass through `jax.jit` if JAX does not know it yet.
 
     This is the one place where the package adds to a registry of JAX's, and only for a type that a
-    converted function has just returned.
+    converted function has just returned or been called with.
     """
     if not jax.tree_util.all_leaves([value]):
         return
@@ -200,6 +200,14 @@ def _register_with_jax(value: Any) -> None:
         return unflatten_torch_node(node_type, children, context)
 
     jax.tree_util.register_pytree_node(type(value), flatten, unflatten)
+
+
+def register_torch_nodes(leaves: Sequence[Any]) -> bool:
+    """Let JAX take the containers apart that it took for leaves and torch's pytrees know; whether there were any."""
+    found = [x for x in leaves if not isinstance(x, (torch.Tensor, *CONSTANTS)) and is_torch_node(x)]
+    for container in found:
+        _register_with_jax(container)
+    return bool(found)
 
 
 def is_static(leaf: Any) -> bool:

@@ -16,6 +16,7 @@ from pytorch2jax._errors import LeafTypeError
 from pytorch2jax._function import TorchFunction, spec_of
 from pytorch2jax._inference import Surroundings
 from pytorch2jax._options import (
+    Options,
     checked_options,
     constants,
     example_dtype,
@@ -25,6 +26,7 @@ from pytorch2jax._options import (
     shapes_key,
 )
 from pytorch2jax._primitive import torch_call
+from pytorch2jax._reverse import JaxFunction, note_original
 from pytorch2jax._rng import SEED_DRAW, seed_from_key
 from pytorch2jax._sharding import run_on_shards
 from pytorch2jax._trees import is_static
@@ -100,6 +102,7 @@ def torch2jax(
         A function of arrays in the place of tensors. Its extra keyword `rng` (unless `fn` has an argument
         of that name) takes a JAX key from which a random `fn` draws. Without a key, each call takes a
         seed from torch's global generator. Either way a gradient sees the random numbers of its forward.
+        What `jax2torch` made of a JAX function is that function again.
 
     Copies:
         Inputs are not copied, except those that `fn` writes to in place; each output is copied once.
@@ -113,6 +116,7 @@ def torch2jax(
         OutputMismatchError: `fn` returns something else than declared or inferred; at run time.
         TorchCallError: torch raised an exception; at run time, outside of `jax.jit`. Under `jax.jit` JAX
             raises a `jax.errors.JaxRuntimeError` with torch's message and traceback in its text.
+        NestingError: `fn` calls JAX, which could wait for itself for ever.
 
     Example:
         >>> import jax, jax.numpy as jnp, torch
@@ -139,6 +143,9 @@ def torch2jax(
         sharding_rule=sharding_rule,
     )
     held = constants(name, nondiff_argnums, nondiff_mask)
+    has_options = options != Options() or bool(leaves) or any((output_shapes is not None, held, out_specs, lock))
+    if isinstance(fn, JaxFunction) and not has_options:
+        return fn.jax_function
     out_specs = output_sharding_spec if out_specs is None else out_specs
     call = _PlainCall(fn, lock_of(name, lock))
     function = TorchFunction(name, call, identity=call.identity, options=options)
@@ -168,6 +175,8 @@ def torch2jax(
 
     if positions:
         _check_on_examples(function, wrapped, leaves, treedef, positions)
+    if not has_options:
+        note_original(wrapped, fn)
     return wrapped
 
 

@@ -109,6 +109,7 @@ ORDER = [
     "_dtypes",
     "_transfer",
     "_trees",
+    "_nesting",
     "_torch_state",
     "_threads",
     "_composite",
@@ -134,10 +135,13 @@ ORDER = [
     "_attributes",
     "_skeleton",
     "_module",
+    "_jax_program",
+    "_reverse",
+    "_jax_module",
     "_wrap",
     "compat",
 ]
-ADAPTERS = {name: {"_errors", "_module", "_params"} for name in ("flax", "equinox")}
+ADAPTERS = {name: {"_errors", "_jax_module", "_module", "_params"} for name in ("flax", "equinox")}
 
 
 def imported(path):

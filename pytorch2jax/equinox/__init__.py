@@ -1,4 +1,4 @@
-"""Torch modules as Equinox modules; needs the extra `equinox`."""
+"""Torch modules as Equinox modules, and back; needs the extra `equinox`."""
 
 try:
     import equinox as _equinox
@@ -9,7 +9,8 @@ except ImportError as _error:
     ) from _error
 
 from pytorch2jax.equinox._module import TorchModule, convert_pytnn_to_equinox
+from pytorch2jax.equinox._to_torch import convert_equinox_to_pytnn
 
-__all__ = ["TorchModule", "convert_pytnn_to_equinox"]
+__all__ = ["TorchModule", "convert_equinox_to_pytnn", "convert_pytnn_to_equinox"]
 
 del _equinox
