@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import ctypes
 import functools
 import itertools
 import operator
@@ -44,7 +45,12 @@ def lower_on_host(context: Any, *operands: Any, program: Program) -> Any:
     call = _HostCall(program)
     function = call if not program.is_large(_TEAM_BYTES) else lambda *at: on_one_team(functools.partial(call, *at))
     return lower_host_call(
-        context, *operands, function=function, has_side_effect=program.draws_from_torch, keeper=program.kept_by()
+        context,
+        *operands,
+        function=function,
+        blank=call.blank,
+        has_side_effect=program.draws_from_torch,
+        keeper=program.kept_by(),
     )
 
 
@@ -80,15 +86,24 @@ class _HostCall:
             if self._first:
                 self._first = False
                 self._look_for_attributes(tensors)
-        except Exception as error:
+        except BaseException as error:
             program.abandon()
             for views in self._inputs:  # somebody may have written to one
                 views.clear()
+            if isinstance(error, KeyboardInterrupt):
+                raise
             raise RuntimeError(_report(program, error)) from None
         finally:
             set_trace(trace)
             if recording:
                 set_grad_enabled(True)
+
+    def blank(self, outputs: Sequence[int]) -> None:
+        """Fill the outputs with what ends most loops: NaN, with which no number compares, large integers, and false."""
+        for views, address in zip(self._outputs, outputs, strict=True):
+            is_inexact = views.dtype.is_floating_point or views.dtype.is_complex
+            byte = 0xFF if is_inexact else 0 if views.dtype is torch.bool else 0x7F
+            ctypes.memset(address, byte, views.n_bytes)
 
     def _look_for_attributes(self, tensors: Sequence[torch.Tensor]) -> None:
         """A tensor with attributes that a call has set must not be seen by the next one."""
@@ -145,13 +160,13 @@ def _ordered(stream: torch.cuda.Stream) -> Iterator[None]:
 # for a caller of this library that is on the stack to take them (`original_error`).
 
 _KEPT_ERRORS = 16
-_errors: collections.OrderedDict[int, Exception] = collections.OrderedDict()
+_errors: collections.OrderedDict[int, BaseException] = collections.OrderedDict()
 _errors_lock = threading.Lock()
 _numbers = itertools.count(1)
 _NUMBER = re.compile(r"pytorch2jax error (\d+):")
 
 
-def _report(program: Program, error: Exception) -> str:
+def _report(program: Program, error: BaseException) -> str:
     with _errors_lock:
         number = next(_numbers)
         _errors[number] = error
@@ -162,8 +177,8 @@ def _report(program: Program, error: Exception) -> str:
     return f"pytorch2jax error {number}: {program.describe()} raised {type(error).__name__}: {error}\n{text}"
 
 
-def original_error(error: Exception) -> Exception | None:
-    """The exception behind one that XLA raised: the library's own, or a `TorchCallError` with its cause."""
+def original_error(error: Exception) -> BaseException | None:
+    """The exception behind one that XLA raised, as `torch_call_error` gives it; None if it is not torch's."""
     found = _NUMBER.search(str(error))
     if found is None:
         return None
@@ -172,9 +187,12 @@ def original_error(error: Exception) -> Exception | None:
     return None if original is None else torch_call_error(original)
 
 
-def torch_call_error(error: Exception) -> Exception:
-    """An exception as users see it: the library's own, or a `TorchCallError` with its cause."""
-    if isinstance(error, Pytorch2JaxError):
+def torch_call_error(error: BaseException) -> BaseException:
+    """An exception as users see it: the library's own, or a `TorchCallError` with its cause.
+
+    `KeyboardInterrupt`, `SystemExit` and the like are what they are.
+    """
+    if isinstance(error, Pytorch2JaxError) or not isinstance(error, Exception):
         return error
     wrapped = TorchCallError(f"{type(error).__name__}: {error}")
     wrapped.__cause__ = error

@@ -108,7 +108,7 @@ def _over_dlpack(program: Program, arrays: Sequence[Any]) -> list[Any]:
                 outputs = list(program.execute(tensors))
             results = [_take_over(program, i, outputs, device) for i in range(len(outputs))]
             return results if committed else list(map(uncommitted, results))
-    except Exception as error:
+    except BaseException as error:
         program.abandon()
         raised = torch_call_error(error)
     raise raised

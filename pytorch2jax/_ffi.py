@@ -7,19 +7,29 @@ the call frame, whose layout is fixed by the C API (`xla/ffi/api/c_api.h` in jax
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ctypes
 import functools
 import itertools
 import struct
+import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pytorch2jax._internals import begins_without_signals, interrupt_when_back, is_python_thread, threads_running
 
 HostFunction = Callable[[Sequence[int], Sequence[int]], None]
 """Gets the addresses of the inputs and of the outputs; what it raises becomes XLA's error."""
+
+Blank = Callable[[Sequence[int]], None]
+"""Gets the addresses of the outputs of a function that was interrupted, and writes something to them."""
 
 _TARGET = "pytorch2jax_host_call"
 _API_VERSION = (0, 1)  # the lowest with this layout; minor versions only add to it
@@ -79,34 +89,46 @@ def _describe(extension: int) -> None:
         metadata.traits = 0
 
 
-_functions: dict[int, HostFunction] = {}
+_functions: dict[int, tuple[HostFunction, Blank]] = {}
 _numbers = itertools.count(1)
 
 
 class _Lease:
     """Keeps a function for the handler to find; held by the executables that call it."""
 
-    def __init__(self, function: HostFunction) -> None:
+    def __init__(self, function: HostFunction, blank: Blank) -> None:
         self.number = next(_numbers)
-        _functions[self.number] = function
-        weakref.finalize(self, _functions.pop, self.number)
+        _functions[self.number] = function, blank
+        weakref.finalize(self, _functions.pop, self.number).atexit = False
 
     def __call__(self, *args: Any) -> None:
         raise NotImplementedError("XLA calls the handler, which looks the function up by its number")
 
 
+@begins_without_signals
 def _handle(frame: int) -> int | None:
     api = 0
     try:
-        extension, api, n_in, inputs, n_out, outputs, attributes = _FRAME.unpack(_FrameBytes.from_address(frame))
-        if extension:
-            _describe(extension)
-        else:
-            number = _word_at(_word_at(_word_at(attributes).value + _VALUE_OFFSET).value).value
-            _functions[number](_addresses(inputs, n_in), _addresses(outputs, n_out))
-        return None
-    except BaseException as error:
-        return _error(api, str(error))
+        try:
+            if _exiting:
+                _stay()
+            extension, api, n_in, inputs, n_out, outputs, attributes = _FRAME.unpack(_FrameBytes.from_address(frame))
+            if extension:
+                _describe(extension)
+            else:
+                _functions[_number_in(attributes)][0](_addresses(inputs, n_in), _addresses(outputs, n_out))
+            if _exiting:
+                _stay()
+            return None
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            return _error(api, str(error))
+    except KeyboardInterrupt:
+        result, thread = _wind_up(frame)
+        if thread is not None:
+            interrupt_when_back[thread]
+        return result
 
 
 _HANDLER = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(_handle)
@@ -118,6 +140,10 @@ def _register() -> None:
 
 
 _word_at = ctypes.c_size_t.from_address
+
+
+def _number_in(attributes: int) -> int:
+    return _word_at(_word_at(_word_at(attributes).value + _VALUE_OFFSET).value).value
 
 
 def _addresses(table: int, n: int) -> list[int]:
@@ -140,21 +166,111 @@ _CREATE_ERROR = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(_ErrorArguments
 
 
 def _error(api: int, message: str) -> int | None:
+    if _exiting:
+        _stay()
     arguments = _ErrorArguments(ctypes.sizeof(_ErrorArguments), None, message.encode(), _INTERNAL_ERROR)
     create = _CREATE_ERROR(_word_at(api + _ERROR_CREATE_OFFSET).value)
     error: int | None = create(ctypes.byref(arguments))
     return error
 
 
+# -- Ctrl-C ---------------------------------------------------------------------------------------------
+#
+# What XLA makes of an error of the handler is JAX's exception, never a KeyboardInterrupt. So there is no error: the
+# program ends, with blank results of torch, and before anybody sees what came of them, the interrupt comes again.
+
+
+def _wind_up(frame: int) -> tuple[int | None, int | None]:
+    """After an interrupt: what the handler returns, and the thread to interrupt when it is back from XLA.
+
+    It is an error in a thread that never comes back, because it is XLA's, and in a loop that goes on and on.
+    """
+    extension, api, _, _, n_out, outputs, attributes = _FRAME.unpack(_FrameBytes.from_address(frame))
+    if not is_python_thread():
+        return _error(api, "KeyboardInterrupt"), None
+    now = time.monotonic()
+    since, last = getattr(_interrupted, "times", (now, now))
+    if now - last > _PATIENCE_S:  # another time
+        since = now
+    _interrupted.times = since, now
+    thread = threading.get_ident()
+    if now - since > _PATIENCE_S:
+        return _error(api, "KeyboardInterrupt"), thread
+    if not extension:
+        _functions[_number_in(attributes)][1](_addresses(outputs, n_out))
+    return None, thread
+
+
+_PATIENCE_S = 1.0
+_interrupted = threading.local()
+
+
+# -- the end of the interpreter --------------------------------------------------------------------------
+#
+# A thread that wants to run Python code once the interpreter is gone takes the process down, and JAX, which waits for
+# XLA's threads then, does not let them run it. So what is in flight ends before that.
+
+_exiting = False
+_stayed: set[int] = set()
+_never = threading.Lock()
+_never.acquire()
+
+
+def _stay() -> None:
+    """Keep a daemon thread from going on in Python: neither into torch nor back to its caller."""
+    thread = threading.get_ident()
+    if thread != threading.main_thread().ident and is_python_thread():
+        _stayed.add(thread)
+        _never.acquire()
+
+
+@atexit.register
+def _wait_for_calls() -> None:
+    """Before JAX drops its executables (it was imported earlier): wait for what the main thread has dispatched.
+
+    Other threads that are daemons stay where they come to the handler next. One that does not in a few seconds, because
+    torch takes longer, is left alone.
+    """
+    global _exiting
+    if not _register.cache_info().currsize:
+        return
+    _exiting = True
+    with contextlib.suppress(Exception):
+        _wait_for_programs()
+    end = time.monotonic() + _LONGEST_S
+    while left := threads_running(_handle) - _stayed - {threading.get_ident()}:
+        if all(map(is_python_thread, left)) and time.monotonic() > end:
+            break
+        time.sleep(0.005)
+
+
+_LONGEST_S = 5.0
+
+
+def _wait_for_programs() -> None:
+    # XLA runs what a thread dispatches one after the other, programs for several devices in a row of their own.
+    devices = jax.local_devices(backend="cpu")
+    add = jax.jit(lambda x: x + 1)
+    add(jax.device_put(np.zeros(1, np.float32), devices[0])).block_until_ready()
+    if len(devices) > 1:
+        sharding = NamedSharding(Mesh(np.array(devices), ("i",)), PartitionSpec("i"))
+        add(jax.device_put(np.zeros(len(devices), np.float32), sharding)).block_until_ready()
+
+
 def lower_host_call(
-    context: Any, *operands: Any, function: HostFunction, has_side_effect: bool, keeper: list[Any] | None = None
+    context: Any,
+    *operands: Any,
+    function: HostFunction,
+    blank: Blank,
+    has_side_effect: bool,
+    keeper: list[Any] | None = None,
 ) -> Any:
     """Lower an operation to a call of `function` on the host, in a lowering rule.
 
     The executable keeps the function alive; where it does not know, because it was lowered before, `keeper` does.
     """
     _register()
-    lease = _Lease(function)
+    lease = _Lease(function, blank)
     if keeper is not None:
         keeper.append(lease)
     # Among the host callbacks of a program it also keeps the executable out of JAX's persistent cache: in another

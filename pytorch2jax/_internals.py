@@ -6,9 +6,12 @@ jax 0.10.2 and torch 2.13.0; written for jax 0.11 and torch 2.11 as well.
 
 from __future__ import annotations
 
+import ctypes
+import dis
 import functools
 import sys
 import threading
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,6 +51,7 @@ __all__ = [
     "array_from_tensor",
     "axes_of_sharding",
     "batching",
+    "begins_without_signals",
     "buffer_callback",
     "current_trace",
     "custom_partitioning",
@@ -60,6 +64,7 @@ __all__ = [
     "has_memory",
     "has_only_host",
     "hold_weakly",
+    "interrupt_when_back",
     "io_callback",
     "is_any_autocast_enabled",
     "is_batched",
@@ -85,6 +90,7 @@ __all__ = [
     "storage_address",
     "storage_users",
     "tensor_from_capsule",
+    "threads_running",
     "torch_node_type",
     "torch_pytree",
     "trace_state_clean",
@@ -333,10 +339,56 @@ def has_memory(tensor: torch.Tensor) -> bool:
     return not (tensor.is_meta or is_fake or wrapped)
 
 
-def is_python_thread() -> bool:
-    """Whether the calling thread was started by Python, and not by XLA."""
-    known = threading._active.get(threading.get_ident())  # type: ignore[attr-defined]
+def is_python_thread(ident: int | None = None) -> bool:
+    """Whether a thread, by default the calling one, was started by Python, and not by XLA."""
+    ident = threading.get_ident() if ident is None else ident
+    known = threading._active.get(ident)  # type: ignore[attr-defined]
     return known is not None and not isinstance(known, threading._DummyThread)  # one that has asked for its name
+
+
+def threads_running(function: types.FunctionType) -> set[int]:
+    """The threads that are inside of a call of a function, right now."""
+    found = set()
+    for thread, top in sys._current_frames().items():
+        frame: types.FrameType | None = top
+        while frame is not None and frame.f_code is not function.__code__:
+            frame = frame.f_back
+        if frame is not None:
+            found.add(thread)
+    return found
+
+
+def begins_without_signals(function: types.FunctionType) -> types.FunctionType:
+    """Change a function that `ctypes` calls back, so that it can catch what a signal raises.
+
+    Python looks for signals when a function begins, before its first `try`. What is raised there is printed by
+    `ctypes`, and the function's result is whatever was in memory.
+    """
+    code = bytearray(function.__code__.co_code)
+    for at in range(0, len(code), 2):
+        if code[at] == dis.opmap["RESUME"]:
+            code[at + 1] = _RESUME_WITHOUT_SIGNALS
+            break
+    function.__code__ = function.__code__.replace(co_code=bytes(code))
+    return function
+
+
+_RESUME_WITHOUT_SIGNALS = 2  # as after `yield from`, where the innermost generator has looked
+
+
+class _InterruptWhenBack:
+    """`interrupt_when_back[thread]`: a `KeyboardInterrupt` in a thread of Python's, when it runs Python code next.
+
+    This is no function because Python looks for interrupts after a call, and not after a subscript: the code
+    that asks for the interrupt can still return.
+    """
+
+    __getitem__ = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_ulong, ctypes.py_object)(
+        ("PyThreadState_SetAsyncExc", ctypes.pythonapi), ((1, "thread"), (1, "exception", KeyboardInterrupt))
+    )
+
+
+interrupt_when_back: Any = _InterruptWhenBack()
 
 
 def is_held_elsewhere(tensor: torch.Tensor, references: int) -> bool:
