@@ -13,7 +13,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.extend.backend
@@ -100,6 +100,9 @@ __all__ = [
     "vary_together",
     "x64_enabled",
 ]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 Primitive = jax.extend.core.Primitive
 ShapedArray = jax.core.ShapedArray
@@ -358,12 +361,13 @@ def threads_running(function: types.FunctionType) -> set[int]:
     return found
 
 
-def begins_without_signals(function: types.FunctionType) -> types.FunctionType:
+def begins_without_signals(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Change a function that `ctypes` calls back, so that it can catch what a signal raises.
 
     Python looks for signals when a function begins, before its first `try`. What is raised there is printed by
     `ctypes`, and the function's result is whatever was in memory.
     """
+    assert isinstance(function, types.FunctionType)
     code = bytearray(function.__code__.co_code)
     for at in range(0, len(code), 2):
         if code[at] == dis.opmap["RESUME"]:
