@@ -136,6 +136,7 @@ ORDER = [
     "_skeleton",
     "_module",
     "_jax_program",
+    "_jax_call",
     "_reverse",
     "_jax_module",
     "_wrap",
