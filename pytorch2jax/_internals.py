@@ -255,7 +255,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 def threads_running(function: Callable[..., Any]) -> set[int]:
     """The threads that are inside of a call of a function, right now."""
-    found, code = set(), function.__code__  # type: ignore[attr-defined]
+    found, code = set(), function.__code__
     for thread, top in sys._current_frames().items():
         frame: types.FrameType | None = top
         while frame is not None and frame.f_code is not code:
@@ -271,13 +271,13 @@ def begins_without_signals(function: _Function) -> _Function:
     Python looks for signals when a function begins, before its first `try`. What is raised there is printed by
     `ctypes`, and the function's result is whatever was in memory.
     """
-    original: types.CodeType = function.__code__  # type: ignore[attr-defined]
+    original: types.CodeType = function.__code__
     code = bytearray(original.co_code)
     for at in range(0, len(code), 2):
         if code[at] == dis.opmap["RESUME"]:
             code[at + 1] = _RESUME_WITHOUT_SIGNALS
             break
-    function.__code__ = original.replace(co_code=bytes(code))  # type: ignore[attr-defined]
+    function.__code__ = original.replace(co_code=bytes(code))
     return function
 
 
