@@ -43,7 +43,7 @@ SEED = 0
 WIDTH = 32
 CLASSES = 10
 BATCH = 96  # of all processes together
-EPOCHS = 4
+EPOCHS = 10
 RATE = 3e-3
 AXIS = "data"
 LOSS_TOLERANCE = 1e-3
@@ -197,7 +197,9 @@ def train() -> None:
     trainer = Trainer(encoder)
     reference = TorchTrainer(encoder, trainer.local_params()) if first else None
     before, difference, losses, start = trainer.correct(test_data), 0.0, [], 0.0
-    for step, batch in enumerate(tqdm(list(batches(train_data)), desc="training", unit="step", disable=not first)):
+    for step, batch in enumerate(
+        tqdm(list(batches(train_data)), desc="training", unit="step", mininterval=0.5, disable=not first)
+    ):
         if step == COMPARED_STEPS:
             start = time.perf_counter()
         losses.append(trainer.step(batch))

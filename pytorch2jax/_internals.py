@@ -13,7 +13,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.extend.backend
@@ -100,9 +100,6 @@ __all__ = [
     "vary_together",
     "x64_enabled",
 ]
-
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
 
 Primitive = jax.extend.core.Primitive
 ShapedArray = jax.core.ShapedArray
@@ -349,31 +346,34 @@ def is_python_thread(ident: int | None = None) -> bool:
     return known is not None and not isinstance(known, threading._DummyThread)  # one that has asked for its name
 
 
-def threads_running(function: types.FunctionType) -> set[int]:
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def threads_running(function: Callable[..., Any]) -> set[int]:
     """The threads that are inside of a call of a function, right now."""
-    found = set()
+    found, code = set(), function.__code__
     for thread, top in sys._current_frames().items():
         frame: types.FrameType | None = top
-        while frame is not None and frame.f_code is not function.__code__:
+        while frame is not None and frame.f_code is not code:
             frame = frame.f_back
         if frame is not None:
             found.add(thread)
     return found
 
 
-def begins_without_signals(function: Callable[_P, _R]) -> Callable[_P, _R]:
+def begins_without_signals(function: _Function) -> _Function:
     """Change a function that `ctypes` calls back, so that it can catch what a signal raises.
 
     Python looks for signals when a function begins, before its first `try`. What is raised there is printed by
     `ctypes`, and the function's result is whatever was in memory.
     """
-    assert isinstance(function, types.FunctionType)
-    code = bytearray(function.__code__.co_code)
+    original: types.CodeType = function.__code__
+    code = bytearray(original.co_code)
     for at in range(0, len(code), 2):
         if code[at] == dis.opmap["RESUME"]:
             code[at + 1] = _RESUME_WITHOUT_SIGNALS
             break
-    function.__code__ = function.__code__.replace(co_code=bytes(code))
+    function.__code__ = original.replace(co_code=bytes(code))
     return function
 
 

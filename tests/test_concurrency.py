@@ -27,7 +27,7 @@ from pytorch2jax import convert_pytnn_to_jax, torch2jax, use_tape
 from pytorch2jax._tape import TAPE
 
 N = 8
-LIMIT_S = 100  # far more than anything here takes; a hang becomes a failure
+LIMIT_S = 200  # far more than anything here takes; a hang becomes a failure
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 EIGHT = jax.device_count() == N
 
@@ -80,7 +80,7 @@ def test_on_eight_devices():
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=2 * LIMIT_S,
         check=False,
     )
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
@@ -352,7 +352,7 @@ begun = threading.Event()
 def slow(x):
     if not isinstance(x, torch._subclasses.FakeTensor):
         begun.set()
-        time.sleep(float(sys.argv[2]))
+        time.sleep(0.3)
     return torch.sin(x)
 
 f = jax.jit(torch2jax(slow))
@@ -386,9 +386,6 @@ match sys.argv[1]:
         begun.clear()
         f(not_yet(big))
         begun.wait()
-    case "daemon":
-        threading.Thread(target=endless, daemon=True).start()
-        begun.wait()
     case "daemons":
         for _ in range(4):
             threading.Thread(target=endless, daemon=True).start()
@@ -400,10 +397,9 @@ print("done")
 """
 
 
-@pytest.mark.parametrize("sleep_s", ["0", "0.3"])
 @pytest.mark.parametrize("calls", re.findall(r'^    case "(.*)":', IN_FLIGHT, re.MULTILINE))
-def test_the_interpreter_exits_with_calls_in_flight(calls, sleep_s):
-    assert run(IN_FLIGHT, calls, sleep_s, devices=N if calls == "devices" else 1) == "done\n"
+def test_the_interpreter_exits_with_calls_in_flight(calls):
+    assert run(IN_FLIGHT, calls, devices=N if calls == "devices" else 1) == "done\n"
 
 
 # -- eight devices --------------------------------------------------------------------------------------------

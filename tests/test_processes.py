@@ -24,7 +24,7 @@ import torch
 from pytorch2jax import load_params
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-LIMIT_S = 120  # nothing here takes a quarter of it; a hang becomes a failure
+LIMIT_S = 240  # nothing here takes a tenth of it on a quiet machine; a hang becomes a failure
 SAVED, FINISHED, CONTINUED = 3, 6, 9  # steps
 
 
