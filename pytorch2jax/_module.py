@@ -10,8 +10,9 @@ import jax
 from torch import nn
 
 from pytorch2jax._arguments import take_apart
+from pytorch2jax._bound import BoundFunction
 from pytorch2jax._errors import ConversionError, InferenceError, RandomnessError
-from pytorch2jax._function import BoundFunction, TorchFunction
+from pytorch2jax._function import TorchFunction
 from pytorch2jax._options import Options
 from pytorch2jax._params import Leaf, arrays_of, check_module, check_shapes, flatten, layout_of, nest, own_tensors
 from pytorch2jax._primitive import torch_call

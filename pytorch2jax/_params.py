@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from pytorch2jax._bound import OwnTensor
 from pytorch2jax._errors import ConversionError, LeafTypeError, MissingLeafError, StructureError
-from pytorch2jax._function import OwnTensor
 from pytorch2jax._transfer import as_array, t2j
 from pytorch2jax._trees import PATH_SEPARATOR
 

@@ -1,6 +1,6 @@
 """Programs: what the primitive runs, as flat tensors in and flat tensors out.
 
-A program is a torch function bound to input specs (`_function.BoundFunction`), or a derivative or batched
+A program is a torch function bound to input specs (`_bound.BoundFunction`), or a derivative or batched
 version of another program (`_transforms`). Programs are hashable and comparable, because JAX keys its caches
 by them, and each keeps the programs derived from it, so that equal derivations are the same object.
 """

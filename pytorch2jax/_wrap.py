@@ -12,8 +12,9 @@ import jax
 import torch
 
 from pytorch2jax._arguments import take_apart
+from pytorch2jax._bound import spec_of
 from pytorch2jax._errors import LeafTypeError
-from pytorch2jax._function import TorchFunction, spec_of
+from pytorch2jax._function import TorchFunction
 from pytorch2jax._inference import Surroundings
 from pytorch2jax._options import (
     Options,

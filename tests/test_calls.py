@@ -13,7 +13,7 @@ import pytest
 import torch
 from jax.experimental.layout import Format, Layout
 
-from pytorch2jax import TorchCallError, _buffers, _eager, _ffi, _function, convert_pytnn_to_jax, torch2jax, use_tape
+from pytorch2jax import TorchCallError, _bound, _buffers, _eager, _ffi, convert_pytnn_to_jax, torch2jax, use_tape
 from pytorch2jax._program import Program
 
 SMALL, LARGE = jnp.linspace(0.0, 1.0, 6).reshape(2, 3), jnp.linspace(0.0, 1.0, 640_000).reshape(800, 800)
@@ -26,13 +26,13 @@ SIZES = pytest.mark.parametrize("x", [SMALL, LARGE], ids=["small", "large"])
 @SIZES
 def test_nothing_is_rebuilt_for_equal_calls(x, monkeypatch):
     inferred, traced = [], []
-    infer = _function.infer
+    infer = _bound.infer
 
     def counting(*args, **kwargs):
         inferred.append(args[0])
         return infer(*args, **kwargs)
 
-    monkeypatch.setattr(_function, "infer", counting)
+    monkeypatch.setattr(_bound, "infer", counting)
     f = torch2jax(lambda x, scale=1.0: torch.sin(x) * scale)
     net, params = convert_pytnn_to_jax(torch.nn.Linear(x.shape[1], 2).double())
 
@@ -162,7 +162,7 @@ def test_large_eager_calls_copy_nothing(monkeypatch):
     put = []
     monkeypatch.setattr(Program, "put", lambda *args: put.append(args))
     f = torch2jax(torch.sin)
-    monkeypatch.setattr(_function, "_FEW_OPERATORS", 0)  # else torch computes in XLA's buffers
+    monkeypatch.setattr(_bound, "_FEW_OPERATORS", 0)  # else torch computes in XLA's buffers
     out = f(LARGE)
     assert (given, made, put) == ([address(LARGE)], [address(out)], [])
     gradient = jax.grad(lambda x: f(x).sum())
@@ -296,8 +296,8 @@ DESTINATIONS = {
 def test_torch_writes_into_xlas_buffer(name, monkeypatch):
     fn, in_place = DESTINATIONS[name]
     entered = []
-    original = _function.IntoBuffer
-    monkeypatch.setattr(_function, "IntoBuffer", lambda *args: entered.append(args) or original(*args))
+    original = _bound.IntoBuffer
+    monkeypatch.setattr(_bound, "IntoBuffer", lambda *args: entered.append(args) or original(*args))
     got = jax.jit(torch2jax(fn))(LARGE)
     np.testing.assert_allclose(got, fn(torch.from_numpy(np.array(LARGE))).numpy(), rtol=1e-12)
     assert bool(entered) == in_place

@@ -122,6 +122,7 @@ ORDER = [
     "_arguments",
     "_sharding",
     "_options",
+    "_bound",
     "_function",
     "_ffi",
     "_bridge",

@@ -27,7 +27,7 @@ from pytorch2jax import (
     load_params,
     torch2jax,
 )
-from pytorch2jax._function import BoundFunction
+from pytorch2jax._bound import BoundFunction
 
 KEY = jax.random.key(0)
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from pytorch2jax import Pytorch2JaxError, _function, _tape, convert_pytnn_to_jax, torch2jax, use_tape
+from pytorch2jax import Pytorch2JaxError, _bound, _tape, convert_pytnn_to_jax, torch2jax, use_tape
 from pytorch2jax._tape import TAPE
 
 FAILED = (ValueError, jax.errors.JaxRuntimeError)  # which of them depends on how JAX dispatches a call
@@ -494,9 +494,9 @@ def test_calls_after_the_first_one(name):
 @pytest.mark.parametrize("width", [4, 600])
 def test_calls_of_a_module_after_the_first_one(width, monkeypatch):
     straight = []
-    call_straight = _function.BoundFunction.call_straight
+    call_straight = _bound.BoundFunction.call_straight
     monkeypatch.setattr(
-        _function.BoundFunction, "call_straight", lambda *args: straight.append(args) or call_straight(*args)
+        _bound.BoundFunction, "call_straight", lambda *args: straight.append(args) or call_straight(*args)
     )
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, width), torch.nn.Tanh(), torch.nn.Linear(width, width)).double()
