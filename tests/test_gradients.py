@@ -1,0 +1,151 @@
+"""Every rule for derivatives by `jax.test_util.check_grads`, to third order, and real layers by finite differences."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import jax.test_util
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pytorch2jax import convert_pytnn_to_jax, torch2jax, use_tape
+
+X, W = jnp.linspace(-0.9, 1.1, 6).reshape(2, 3), jnp.linspace(0.3, -0.8, 6).reshape(3, 2)
+
+
+class Cubed(torch.autograd.Function):
+    """With a backward of its own that torch can differentiate."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return gradient * 3 * x**2
+
+
+def writes(x, w):
+    y = x @ w
+    y[0] *= x[1, :2]
+    return y.sin()
+
+
+RULES = {
+    "one output": lambda f: f(lambda x, w: torch.tanh(x @ w)),
+    "several outputs": lambda f: f(lambda x, w: (torch.sin(x), {"y": x @ w, "n": (x > 0).long()})),
+    "an output that is selected": lambda f: lambda x, w: f(lambda x, w: (x.exp(), x @ w))(x, w)[1],
+    "one active input": lambda f: lambda x, w: f(lambda x, w: torch.tanh(x @ w))(x, W),
+    "an input": lambda f: f(lambda x, w: (x, x @ w)),
+    "in place": lambda f: f(writes),
+    "a backward of its own": lambda f: f(lambda x, w: Cubed.apply(x) @ w),
+    "a gradient inside": lambda f: f(lambda x, w: torch.func.grad(lambda x: (x @ w).sin().sum())(x)),
+    "batched": lambda f: lambda x, w: jax.vmap(f(lambda r, w: torch.tanh(r @ w)), (0, None))(x, w),
+    "batched, each its own": lambda f: lambda x, w: jax.vmap(f(lambda r, c: torch.tanh(r * c)))(x.T, w),
+    "a batch without rules": lambda f: lambda x, w: jax.vmap(f(lambda r, w: (r @ w).sin()), (0, None))(x, w),
+    "composed": lambda f: lambda x, w: jnp.sin(f(torch.matmul)(jnp.cos(x), w)) + f(torch.matmul)(x, w),
+    "scanned": lambda f: lambda x, w: jax.lax.scan(lambda c, _: (f(torch.tanh)(c @ w @ w.T), None), x, None, 2)[0],
+    "checkpointed": lambda f: jax.checkpoint(f(lambda x, w: torch.tanh(x @ w))),
+    "jitted": lambda f: jax.jit(f(lambda x, w: torch.tanh(x @ w))),
+}
+
+
+@pytest.mark.parametrize("tape", [True, False], ids=["tape", "recomputed"])
+@pytest.mark.parametrize("name", RULES)
+def test_rules_to_third_order(name, tape):
+    options = {"vmap_method": "sequential"} if name == "a batch without rules" else {}
+    with use_tape(tape):
+        f = RULES[name](lambda fn: torch2jax(fn, **options))
+
+        def inexact(x, w):
+            return [o for o in jax.tree.leaves(f(x, w)) if jnp.issubdtype(o.dtype, jnp.inexact)]
+
+        jax.test_util.check_grads(inexact, (X, W), order=3, modes=["fwd", "rev"], rtol=2e-4, atol=2e-4)
+
+
+def test_complex_numbers_to_second_order():
+    z = X + 0.5j * X[::-1]
+    f = torch2jax(lambda z: torch.sin(z) * z.conj())
+    jax.test_util.check_grads(f, (z,), order=2, modes=["fwd", "rev"], rtol=1e-4, atol=1e-4)
+
+
+LAYERS = {
+    "Linear": (lambda: nn.Linear(4, 3), (2, 4)),
+    "Bilinear": (lambda: nn.Bilinear(4, 4, 3), (2, 4), (2, 4)),
+    "Conv1d": (lambda: nn.Conv1d(2, 3, 3, padding=1), (2, 2, 5)),
+    "Conv2d": (lambda: nn.Conv2d(2, 4, 3, stride=2, groups=2), (1, 2, 6, 6)),
+    "Conv3d": (lambda: nn.Conv3d(1, 2, 2, dilation=2), (1, 1, 4, 4, 4)),
+    "ConvTranspose2d": (lambda: nn.ConvTranspose2d(2, 3, 3, stride=2, output_padding=1), (1, 2, 3, 3)),
+    "LayerNorm": (lambda: nn.LayerNorm(4), (3, 4)),
+    "RMSNorm": (lambda: nn.RMSNorm(4), (3, 4)),
+    "GroupNorm": (lambda: nn.GroupNorm(2, 4), (2, 4, 3)),
+    "InstanceNorm2d": (lambda: nn.InstanceNorm2d(2, affine=True), (2, 2, 3, 3)),
+    "BatchNorm1d": (lambda: nn.BatchNorm1d(4), (5, 4)),
+    "LSTM": (lambda: nn.LSTM(3, 4, num_layers=2, bidirectional=True), (3, 2, 3)),
+    "GRU": (lambda: nn.GRU(3, 4), (3, 2, 3)),
+    "RNN": (lambda: nn.RNN(3, 4), (3, 2, 3)),
+    "MultiheadAttention": (lambda: nn.MultiheadAttention(8, 2, batch_first=True), *[(2, 3, 8)] * 3),
+    "TransformerEncoderLayer": (lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0), (3, 2, 8)),
+    "TransformerDecoderLayer": (lambda: nn.TransformerDecoderLayer(8, 2, 16, dropout=0.0), (3, 2, 8), (3, 2, 8)),
+    "Upsample": (lambda: nn.Upsample(scale_factor=2, mode="bicubic"), (1, 2, 3, 3)),
+    "AvgPool2d": (lambda: nn.AvgPool2d(2), (1, 2, 4, 4)),
+    "MaxPool2d": (lambda: nn.MaxPool2d(2), (1, 2, 4, 4)),
+    "AdaptiveAvgPool2d": (lambda: nn.AdaptiveAvgPool2d(2), (1, 2, 5, 5)),
+    "LPPool1d": (lambda: nn.LPPool1d(2, 2), (1, 2, 4)),
+    "GELU": (nn.GELU, (6,)),
+    "SiLU": (nn.SiLU, (6,)),
+    "Softplus": (nn.Softplus, (6,)),
+    "ELU": (nn.ELU, (6,)),
+    "PReLU": (nn.PReLU, (6,)),
+    "GLU": (nn.GLU, (2, 4)),
+    "Softmax": (lambda: nn.Softmax(-1), (2, 4)),
+    "CosineSimilarity": (nn.CosineSimilarity, (2, 4), (2, 4)),
+    "PixelShuffle": (lambda: nn.PixelShuffle(2), (1, 4, 2, 2)),
+    "Fold": (lambda: nn.Fold((3, 3), (2, 2)), (1, 8, 4)),
+    "HuberLoss": (nn.HuberLoss, (4,), (4,)),
+    "GaussianNLLLoss": (lambda: _Likelihood(), (4,), (4,)),
+}
+
+
+class _Likelihood(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.variance = nn.Parameter(torch.full((4,), 0.7))
+        self.loss = nn.GaussianNLLLoss()
+
+    def forward(self, x, y):
+        return self.loss(x, y, self.variance.exp())
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_by_finite_differences(name, train):
+    """Parameters and inputs along one direction, in both modes."""
+    make, *shapes = LAYERS[name]
+    torch.manual_seed(0)
+    apply, params, state = convert_pytnn_to_jax(make().double(), with_state=True)
+    inputs = [jnp.asarray(torch.randn(s, dtype=torch.float64).numpy()) for s in shapes]
+
+    def loss(tree):
+        out, _ = apply(tree[0], state, *tree[1], train=train)
+        leaves = [o for o in jax.tree.leaves(out) if jnp.issubdtype(o.dtype, jnp.inexact)]
+        return sum((jnp.cos(jnp.arange(o.size)).reshape(o.shape) * o).sum() for o in leaves)
+
+    point = (params, inputs)
+    direction = jax.tree.map(lambda p: jnp.sin(1.0 + jnp.arange(p.size)).reshape(p.shape), point)
+
+    @jax.jit
+    def at(step):
+        return loss(jax.tree.map(lambda p, d: p + step * d, point, direction))
+
+    step = 1e-5
+    expected = (8 * (at(step) - at(-step)) - (at(2 * step) - at(-2 * step))) / (12 * step)
+    gradient = jax.jit(jax.grad(loss))(point)
+    reverse = sum(jnp.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True))
+    np.testing.assert_allclose(reverse, expected, rtol=1e-6, atol=1e-8)
+    forward = jax.jit(lambda: jax.jvp(loss, (point,), (direction,))[1])()
+    np.testing.assert_allclose(forward, expected, rtol=1e-6, atol=1e-8)
