@@ -536,9 +536,9 @@ if EIGHT:
 
         def train(step):
             p = params
-            for _ in range(10):
-                p = step(p, x)
-            return jax.block_until_ready(p)
+            for _ in range(10):  # JAX itself hangs where several threads dispatch collectives without waiting
+                p = jax.block_until_ready(step(p, x))
+            return p
 
         def threads():
             return len(os.listdir("/proc/self/task"))
