@@ -793,3 +793,24 @@ def test_forward_mode_in_several_threads():
     finally:
         sys.setswitchinterval(interval)
     assert not wrong
+
+
+# -- torch's operator database -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [3, 500_000])
+def test_zeros_without_memory(size):
+    """Torch has tensors of zeros that lie nowhere; reading their address ended the process."""
+    f = torch2jax(torch.abs)
+    x = jnp.linspace(-1.0, 1.0, size)
+
+    def pull(x, c):
+        return jax.vjp(f, x)[1](c)[0]
+
+    def twice(x, c):
+        return jax.vjp(pull, x, c)[1](c)
+
+    for run in (twice, jax.jit(twice)):
+        by_primals, by_cotangents = run(x, jnp.cos(x))
+        np.testing.assert_array_equal(by_primals, np.zeros(size))
+        np.testing.assert_allclose(by_cotangents, np.sign(x) * np.cos(x))
