@@ -142,7 +142,7 @@ def _native_layer_norm(
     dims = tuple(range(-len(normalized_shape), 0))
     scaled, mean, variance = _normalised(_wide(input), dims, eps)
     out = _affine(scaled, weight, bias, tuple(normalized_shape)).to(input.dtype)
-    return out, mean, (variance + eps).rsqrt()
+    return out, mean.detach(), (variance + eps).rsqrt().detach()  # no derivatives, as in torch
 
 
 def _native_batch_norm(
@@ -162,7 +162,7 @@ def _native_batch_norm(
         scaled, mean, variance = _normalised(x, (0, *range(2, input.dim())), eps)
         _track(running_mean, running_var, mean, variance, input.numel() // input.shape[1], momentum)
         if training:
-            saved_mean, saved_scale = mean.reshape(-1), (variance + eps).rsqrt().reshape(-1)
+            saved_mean, saved_scale = mean.detach().reshape(-1), (variance + eps).rsqrt().detach().reshape(-1)
     else:
         scaled = (x - running_mean.reshape(shape)) * (running_var.reshape(shape) + eps).rsqrt()
     return _affine(scaled, weight, bias, shape).to(input.dtype), saved_mean, saved_scale

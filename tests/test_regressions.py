@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import subprocess
 import sys
 import threading
 
@@ -25,6 +26,7 @@ from pytorch2jax import (
     UnsupportedTransformError,
     convert_pytnn_to_jax,
     load_params,
+    t2j,
     torch2jax,
 )
 from pytorch2jax._function import BoundFunction
@@ -812,5 +814,64 @@ def test_zeros_without_memory(size):
 
     for run in (twice, jax.jit(twice)):
         by_primals, by_cotangents = run(x, jnp.cos(x))
+        assert by_primals.unsafe_buffer_pointer() != 0
         np.testing.assert_array_equal(by_primals, np.zeros(size))
         np.testing.assert_allclose(by_cotangents, np.sign(x) * np.cos(x))
+
+
+def test_zeros_without_memory_become_an_array():
+    x, c = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    gradient = torch.autograd.grad(x.abs(), x, c, create_graph=True)[0]
+    zeros = torch.autograd.grad(gradient.sum(), x)[0]
+    assert zeros.data_ptr() == 0
+    array = t2j(zeros)
+    assert array.unsafe_buffer_pointer() != 0
+    assert array.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_calls_without_results_run():
+    """XLA left them out: a function that returned nothing on the values that it was tried on returned nothing ever."""
+    f = torch2jax(torch.argwhere)  # tried on zeros
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"expected torch.int64\[0, 1\].*got torch.int64\[2, 1\]"):
+        jax.jit(f)(jnp.array([1, 0, 2]))
+    assert jax.jit(f)(jnp.zeros(3, jnp.int64)).shape == (0, 1)
+    assert jax.jit(torch2jax(lambda x: x[:0]))(jnp.ones(3)).shape == (0,)
+
+
+def test_after_torch_has_forbidden_to_set_its_flags():
+    """As `torch.testing` does. Every call was then tried on made-up values, and second order failed."""
+    program = """
+import jax, jax.numpy as jnp, torch
+torch.backends.disable_global_flags()
+from pytorch2jax import torch2jax
+f = torch2jax(lambda q: torch.nn.functional.scaled_dot_product_attention(q, q, q))
+calls = []
+g = torch2jax(lambda x: calls.append(type(x).__name__) or torch.linalg.cholesky(x))
+assert jax.eval_shape(g, jnp.eye(3)).shape == (3, 3)
+assert calls == ["FakeTensor"], calls
+assert jax.jacfwd(jax.grad(lambda q: f(q).sum()))(jnp.ones((1, 2, 3))).shape == (1, 2, 3, 1, 2, 3)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_saved_statistics_have_no_derivative():
+    """The mean and scale that torch's normalisations return besides have none in torch, whatever the order."""
+    x, c = torch.randn(4, 3, dtype=torch.float64), [torch.randn(s, dtype=torch.float64) for s in ((4, 3), (3,), (3,))]
+
+    def norm(x):
+        return torch.native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)
+
+    leaf = x.clone().requires_grad_()
+    first = torch.autograd.grad(norm(leaf)[0], leaf, c[0], create_graph=True)[0]
+    expected = torch.autograd.grad(first, leaf, torch.cos(x))[0]
+    cotangents = tuple(jnp.array(t.numpy()) for t in c)
+    f = torch2jax(norm)
+
+    def pull(x):
+        return jax.vjp(f, x)[1](cotangents)[0]
+
+    got = jax.vjp(pull, jnp.array(x.numpy()))[1](jnp.cos(x.numpy()))[0]
+    np.testing.assert_allclose(got, expected, rtol=1e-8)
