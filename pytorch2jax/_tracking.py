@@ -238,4 +238,5 @@ class Exposure(TorchFunctionMode):
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    """What tells tensors that share memory from others: an address. Sparse tensors have none and share none."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else -id(tensor)

@@ -875,3 +875,31 @@ def test_saved_statistics_have_no_derivative():
 
     got = jax.vjp(pull, jnp.array(x.numpy()))[1](jnp.cos(x.numpy()))[0]
     np.testing.assert_allclose(got, expected, rtol=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: x.to_sparse().to_dense() * 2,
+        lambda x: torch.sparse.mm(x.to_sparse(), x),
+        lambda x: x.to_sparse_csr() @ x,
+        lambda x: torch.sparse_coo_tensor(torch.tensor([[0, 1], [1, 2]]), x[0, :2], (3, 3)).to_dense() * x,
+    ],
+    ids=["to_sparse", "sparse.mm", "csr", "of a part of x"],
+)
+def test_sparse_tensors_inside(fn):
+    """They have no memory of their own that could be asked for, which ended each call with an error."""
+    x = jnp.array([[0.0, 2.0, 0.0], [1.0, 0.0, 3.0], [0.0, 0.0, 4.0]])
+    tensor = torch.from_numpy(np.array(x)).requires_grad_()
+    expected = fn(tensor)
+    (gradient,) = torch.autograd.grad((expected**2).sum(), tensor)
+    f = torch2jax(fn)
+
+    def loss(x):
+        return (f(x) ** 2).sum()
+
+    for run in (lambda f: f, jax.jit):
+        np.testing.assert_allclose(run(f)(x), expected.detach())
+        np.testing.assert_allclose(run(jax.grad(loss))(x), gradient)
+    np.testing.assert_allclose(jax.vmap(f)(jnp.stack([x, 2 * x]))[0], expected.detach())
