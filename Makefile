@@ -7,10 +7,10 @@ BENCH_VENV := .venv-bench
 BENCH_STAMP := $(BENCH_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env test stress lint format demo bench clean
+.PHONY: help env test stress conformance lint format demo bench clean
 
 help: ## Show the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 env: $(STAMP) ## Build .venv
 
@@ -26,6 +26,9 @@ test: $(STAMP) ## Run the tests
 
 stress: $(STAMP) ## Compare thousands of random programs with the tape and without it (an hour)
 	PYTORCH2JAX_STRESS_PROGRAMS=3000 $(BIN)/python -m pytest tests/test_tape_stress.py $(PYTEST_ARGS)
+
+conformance: $(STAMP) ## Compare torch's own database of operators with torch (half an hour)
+	$(BIN)/python -m conformance.run $(CONFORMANCE_ARGS)
 
 lint: $(STAMP) ## Check style and types
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ torch takes the adjoint, and `transpose(c) = conj(adjoint(conj(c)))`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import threading
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from pytorch2jax._composite import CompositeScatter
 from pytorch2jax._dtypes import dtype_j2t, is_inexact
 from pytorch2jax._errors import OutputMismatchError, UnsupportedTransformError
 from pytorch2jax._inference import Spec
@@ -268,7 +270,8 @@ class Vmap(Derived):
             return self._run_directly(tensors, style, around)
         if style.batching is not Batching.LOOP:
             inside = around._replace(functional=True)
-            with vmap_fallback(style.batching is Batching.FALLBACK):
+            scatter = CompositeScatter() if torch.is_grad_enabled() else contextlib.nullcontext()
+            with vmap_fallback(style.batching is Batching.FALLBACK), scatter:
                 outputs = flat_vmap(
                     lambda inputs: self.base.run(inputs, style, inside),
                     tensors,

@@ -877,7 +877,7 @@ def test_saved_statistics_have_no_derivative():
     np.testing.assert_allclose(got, expected, rtol=1e-8)
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.filterwarnings("ignore:Sparse ", "ignore::pytorch2jax.LoopWarning")
 @pytest.mark.parametrize(
     "fn",
     [
@@ -903,3 +903,17 @@ def test_sparse_tensors_inside(fn):
         np.testing.assert_allclose(run(f)(x), expected.detach())
         np.testing.assert_allclose(run(jax.grad(loss))(x), gradient)
     np.testing.assert_allclose(jax.vmap(f)(jnp.stack([x, 2 * x]))[0], expected.detach())
+
+
+@pytest.mark.parametrize("index", [0, 2, -1])
+def test_gradients_of_a_batch_of_select_scatter(index):
+    """Torch's, through its own `vmap`, are too large by the length of the axis."""
+    f = torch2jax(lambda x, y: torch.select_scatter(x, y, 1, index) * x)
+    x, y = jax.random.normal(KEY, (3, 2, 4)), jax.random.normal(KEY, (3, 2))
+
+    def gradient(x, y):
+        return jax.grad(lambda x, y: (f(x, y) ** 3).sum(), argnums=(0, 1))(x, y)
+
+    expected = jax.tree.map(lambda *rows: jnp.stack(rows), *map(gradient, x, y))
+    np.testing.assert_allclose(jax.vmap(gradient)(x, y)[0], expected[0])
+    np.testing.assert_allclose(jax.vmap(gradient)(x, y)[1], expected[1])
