@@ -283,7 +283,7 @@ class Vmap(Derived):
             return tuple(o.sum(0) if d is None else o for o, d in zip(outputs, self.out_dims, strict=True))
         rows = [
             self.base.run(
-                [t if d is None else t.select(d, i) for t, d in zip(tensors, self.in_dims, strict=True)],
+                [t if d is None else _example(t, d, i) for t, d in zip(tensors, self.in_dims, strict=True)],
                 style,
                 around,
             )
@@ -315,6 +315,11 @@ class Vmap(Derived):
             full = output.expand(*output.shape[:outer], self.size, *spec.shape)
             results.append(full.sum(outer) if dim is None else full.movedim(outer, outer + dim))
         return tuple(results)
+
+
+def _example(tensor: torch.Tensor, dim: int, index: int) -> torch.Tensor:
+    """One example of a batch, in memory of its own: `as_strided` sees where in a larger one a tensor begins."""
+    return tensor.select(dim, index).clone(memory_format=torch.contiguous_format)
 
 
 def _with_batch_axis(tensor: torch.Tensor, dim: int | None, outer: int, size: int) -> torch.Tensor:
