@@ -36,7 +36,69 @@ class Known(NamedTuple):
         )
 
 
-KNOWN: tuple[Known, ...] = ()
+_SECOND = ("second order",)
+
+KNOWN = (
+    Known(
+        "refused",
+        "The shape of the output depends on values, which is found out at run time.",
+        (
+            "argwhere",
+            "bincount",
+            "masked_select",
+            "nn.functional.one_hot",
+            "nonzero",
+            "tensor_split",
+            "unique_consecutive",
+        ),
+    ),
+    Known(
+        "refused",
+        "The output is sparse.",
+        ("to_sparse",),
+        ("forward", "narrow", "vmap"),
+    ),
+    Known(
+        "refused",
+        "Torch has no second derivative of `_to_sparse`'s backward, nor a forward mode; the double backward is missing.",
+        ("to_sparse",),
+        ("forward mode", "second order"),
+    ),
+    Known("refused", "The output is complex32, which JAX does not have.", ("chalf",)),
+    Known(
+        "refused",
+        "The output is uint64 and does not fit into 32 bits.",
+        ("hash_tensor",),
+        ("narrow",),
+    ),
+    Known(
+        "failed",
+        "Pivots have to be int32, and int32 arrays reach torch as int64 while `jax_enable_x64` is off: "
+        "`widen_ints=False` keeps them.",
+        ("linalg.lu_solve", "lu_solve", "lu_unpack"),
+        ("narrow",),
+    ),
+    Known(
+        "failed",
+        "Torch's double backward, the oracle, is NaN where a norm has a kink or a mask has left nothing; forward over "
+        "reverse is 0 there.",
+        ("linalg.norm.subgradients_at_zero", "masked.logaddexp"),
+        _SECOND,
+    ),
+    Known(
+        "failed",
+        "Torch's own forward derivative of the backward is wrong (2.13; finite differences agree with its double "
+        "backward).",
+        ("scatter_reduce.prod", "triangular_solve"),
+        _SECOND,
+    ),
+    Known(
+        "failed",
+        "The function asks its inputs whether they require a gradient, which torch.vmap denies, and then has none.",
+        ("nn.functional.linear_cross_entropy.chunked",),
+        ("vmap of gradients",),
+    ),
+)
 
 
 def reasons(operator: str, check: str, dtype: str) -> list[Known]:

@@ -15,7 +15,7 @@ from conformance.exceptions import KNOWN, reasons
 
 JSON_NAME = "results.json"
 MARKDOWN_NAME = "results.md"
-SAMPLES = 3
+SAMPLES = 2
 """At most so many for each check and dtype, unless somebody asks for another number."""
 
 _VERDICTS = ("passed", "refused", "failed")

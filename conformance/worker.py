@@ -31,7 +31,7 @@ from conformance.oracle import TorchCannotError
 from pytorch2jax import Pytorch2JaxError
 from pytorch2jax import _errors as errors
 
-_NO_REFUSALS = (errors.TorchCallError, errors.InferenceError, errors.NarrowingError)
+_NO_REFUSALS = (errors.TorchCallError, errors.InferenceError)
 """Errors that tell of what torch could not do, where it can."""
 
 _BY_NAME = re.compile(rf"raised ({'|'.join(name for name in dir(errors) if name.endswith('Error'))}): (.*)")

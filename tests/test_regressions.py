@@ -932,3 +932,12 @@ def test_examples_of_a_loop_have_memory_of_their_own(axis):
     out = jax.vmap(torch2jax(scatter), in_axes=(axis, None))(batch, y)
     expected = np.stack([scatter(torch.tensor(row), torch.tensor(np.array(y))) for row in np.array(x)])
     np.testing.assert_array_equal(out, expected)
+
+
+def test_an_output_argument_that_is_written_to_when_nobody_watches():
+    """Torch's `matrix_rank` leaves `out` as it is while its operators are watched, as they are at trace time."""
+    f = torch2jax(lambda x, out: torch.linalg.matrix_rank(x, out=out))
+    x, out = jnp.eye(3), jnp.zeros((), jnp.int64)
+    for run in (f, jax.jit(f)):
+        assert run(x, out) == 3
+        assert out == 0
