@@ -58,12 +58,6 @@ KNOWN = (
         ("to_sparse",),
         ("forward", "narrow", "vmap"),
     ),
-    Known(
-        "refused",
-        "Torch has no second derivative of `_to_sparse`'s backward, nor a forward mode; the double backward is missing.",
-        ("to_sparse",),
-        ("forward mode", "second order"),
-    ),
     Known("refused", "The output is complex32, which JAX does not have.", ("chalf",)),
     Known(
         "refused",
@@ -89,7 +83,7 @@ KNOWN = (
         "failed",
         "Torch's own forward derivative of the backward is wrong (2.13; finite differences agree with its double "
         "backward).",
-        ("scatter_reduce.prod", "triangular_solve"),
+        ("cholesky_inverse", "scatter_reduce.prod", "triangular_solve"),
         _SECOND,
     ),
     Known(

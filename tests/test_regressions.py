@@ -941,3 +941,10 @@ def test_an_output_argument_that_is_written_to_when_nobody_watches():
     for run in (f, jax.jit(f)):
         assert run(x, out) == 3
         assert out == 0
+
+
+def test_second_derivatives_of_an_empty_normalisation():
+    """Torch takes an empty vector for a batch without examples."""
+    empty = jnp.zeros(0)
+    f = torch2jax(lambda x, mean, var: F.batch_norm(x, mean, var))
+    assert jax.hessian(lambda x: f(x, empty, empty).sum())(empty).shape == (0, 0)
