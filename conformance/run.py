@@ -2,6 +2,7 @@
 
     make conformance                                       # everything; half an hour on two free cores
     make conformance CONFORMANCE_ARGS='--shard 2/8'        # a part; the others are kept
+    make conformance CONFORMANCE_ARGS=--missing            # go on where a run was stopped
     make conformance CONFORMANCE_ARGS='--operator linalg.svd --operator dropout --samples 50'
     make conformance CONFORMANCE_ARGS=--report             # check nothing, write the report anew
 
@@ -21,6 +22,7 @@ import queue
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from conformance import report
 
 ROOT = Path(__file__).resolve().parent.parent
 _TIMEOUT_S = 180
+_SAVED_EVERY = 20
 _OPERATORS_PER_PROCESS = 100  # XLA's executables add up
 
 
@@ -64,9 +67,16 @@ class Worker:
         self._process.wait()
 
 
-def check_all(operators: list[str], count: int, n_processes: int) -> dict[str, Any]:
-    """The answers for operators, from several processes."""
-    answers: dict[str, Any] = {}
+def check_all(operators: list[str], count: int, n_processes: int, keep: Callable[[str, dict[str, Any]], None]) -> None:
+    """Check operators in several processes.
+
+    Args:
+        operators: their names.
+        count: how many samples for each check and dtype.
+        n_processes: how many.
+        keep: is called with each name and answer, by one thread at a time.
+    """
+    lock = threading.Lock()
     waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
     for operator in operators:
         waiting.put(operator)
@@ -77,10 +87,12 @@ def check_all(operators: list[str], count: int, n_processes: int) -> dict[str, A
             while True:
                 operator = waiting.get_nowait()
                 worker = worker or Worker(count)
-                answers[operator] = worker.check(operator)
-                progress.set_postfix_str(operator, refresh=False)
-                progress.update()
-                if "ended" in answers[operator] or worker.n_checked == _OPERATORS_PER_PROCESS:
+                answer = worker.check(operator)
+                with lock:
+                    keep(operator, answer)
+                    progress.set_postfix_str(operator, refresh=False)
+                    progress.update()
+                if "ended" in answer or worker.n_checked == _OPERATORS_PER_PROCESS:
                     worker.close()
                     worker = None
         if worker is not None:
@@ -92,7 +104,6 @@ def check_all(operators: list[str], count: int, n_processes: int) -> dict[str, A
             thread.start()
         for thread in threads:
             thread.join()
-    return answers
 
 
 def names() -> list[str]:
@@ -107,6 +118,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m conformance.run", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--operator", action="append", metavar="NAME", help="only this; repeatable")
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="only every Nth operator, from the Ith on")
+    parser.add_argument("--missing", action="store_true", help="only operators without a result yet")
     parser.add_argument("--samples", type=int, default=report.SAMPLES, help="at most so many for each check and dtype")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--report", action="store_true", help="check nothing; write the report anew from its JSON")
@@ -135,8 +147,17 @@ def main() -> None:
         described = report.describe(options.samples)
         if results.get("made_with") != described:
             results = {"made_with": described, "operators": {}}
-        results["operators"].update(check_all(operators, options.samples, options.processes))
-        results["operators"] = {name: results["operators"][name] for name in everything if name in results["operators"]}
+        answers = results["operators"]
+        if options.missing:
+            operators = [name for name in operators if name not in answers]
+
+        def keep(name: str, answer: dict[str, Any]) -> None:
+            answers[name] = answer
+            if len(answers) % _SAVED_EVERY == 0:
+                report.save(options.output, results)
+
+        check_all(operators, options.samples, options.processes, keep)
+        results["operators"] = {name: answers[name] for name in everything if name in answers}
         report.save(options.output, results)
     (options.output / report.MARKDOWN_NAME).write_text(report.markdown(results))
     complaints = report.complaints(results)
