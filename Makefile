@@ -7,10 +7,10 @@ BENCH_VENV := .venv-bench
 BENCH_STAMP := $(BENCH_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env test stress endurance lint format demo bench clean
+.PHONY: help env test stress endurance conformance lint format demo bench clean
 
 help: ## Show the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 env: $(STAMP) ## Build .venv
 
@@ -30,6 +30,9 @@ stress: $(STAMP) ## Compare thousands of random programs with the tape and witho
 
 endurance: $(STAMP) ## Look for growth over a hundred thousand calls and a thousand conversions and traces
 	PYTORCH2JAX_ENDURANCE=10 $(BIN)/python -m pytest tests/test_endurance.py $(PYTEST_ARGS)
+
+conformance: $(STAMP) ## Compare torch's own database of operators with torch (half an hour)
+	$(BIN)/python -m conformance.run $(CONFORMANCE_ARGS)
 
 lint: $(STAMP) ## Check style and types
 	$(BIN)/ruff check .

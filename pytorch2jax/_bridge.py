@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import functools
 import itertools
+import math
 import operator
 import re
 import threading
@@ -44,12 +45,15 @@ def lower_on_host(context: Any, *operands: Any, program: Program) -> Any:
     """
     call = _HostCall(program)
     function = call if not program.is_large(_TEAM_BYTES) else lambda *at: on_one_team(functools.partial(call, *at))
+    # XLA leaves out calls without results, and nobody would notice that they are none because of the values that the
+    # function was tried on.
+    has_side_effect = program.draws_from_torch or not any(math.prod(spec.shape) for spec in program.out_specs)
     return lower_host_call(
         context,
         *operands,
         function=function,
         blank=call.blank,
-        has_side_effect=program.draws_from_torch,
+        has_side_effect=has_side_effect,
         keeper=program.kept_by(),
     )
 

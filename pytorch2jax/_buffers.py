@@ -78,8 +78,9 @@ class HostBuffers(Buffers):
     def copy(self, index: int, value: torch.Tensor) -> None:
         views = self._views[index]
         plain = views.small and value.dtype is views.dtype and value.is_contiguous() and not value.is_neg()
-        if plain and value.is_cpu and value.nbytes == views.n_bytes:
-            address, source = self._addresses[index], value.data_ptr()
+        source = value.data_ptr() if plain and value.is_cpu and value.nbytes == views.n_bytes else 0
+        if source:  # torch has zeros without memory: derivatives that are zero everywhere
+            address = self._addresses[index]
             if source != address:
                 ctypes.memmove(address, source, views.n_bytes)
         else:

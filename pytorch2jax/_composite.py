@@ -1,4 +1,6 @@
-"""Normalisations written out in plain operations, for derivatives of second and higher order.
+"""Functions written out in plain operations, where torch's derivatives of its own kernels are wrong.
+
+Normalisations, for derivatives of second and higher order, and `select_scatter`, for gradients of a batch.
 
 Torch's fused `layer_norm`, `batch_norm` and `instance_norm` save a mean and a scale and take them for constants
 when a derivative is differentiated again. Second order in reverse mode comes out right; forward over forward
@@ -21,6 +23,34 @@ class CompositeNorms(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _PLAIN.get(func, func)(*args, **(kwargs or {}))
+
+
+class CompositeScatter(TorchFunctionMode):
+    """Within this context `select_scatter` runs as a plain operation.
+
+    The gradient that torch has for `src` through `torch.vmap` is too large by the length of the axis, without an
+    error (torch 2.13).
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _PLAIN_SCATTER.get(func, func)(*args, **(kwargs or {}))
+
+
+def _select_scatter(input: torch.Tensor, src: torch.Tensor, dim: int, index: int) -> torch.Tensor:
+    size = input.shape[dim]
+    if not -size <= index < size or src.shape != input.select(dim, index).shape:
+        return torch.select_scatter(input, src, dim, index)  # says what is wrong
+    index %= size
+    parts = (input.narrow(dim, 0, index), src.unsqueeze(dim), input.narrow(dim, index + 1, size - index - 1))
+    return torch.cat(parts, dim)
+
+
+_PLAIN_SCATTER: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.select_scatter: _select_scatter,
+    torch.Tensor.select_scatter: _select_scatter,
+    torch.ops.aten.select_scatter: _select_scatter,
+    torch.ops.aten.select_scatter.default: _select_scatter,
+}
 
 
 def _normalised(x: torch.Tensor, dims: tuple[int, ...], eps: float) -> tuple[torch.Tensor, ...]:
@@ -142,7 +172,7 @@ def _native_layer_norm(
     dims = tuple(range(-len(normalized_shape), 0))
     scaled, mean, variance = _normalised(_wide(input), dims, eps)
     out = _affine(scaled, weight, bias, tuple(normalized_shape)).to(input.dtype)
-    return out, mean, (variance + eps).rsqrt()
+    return out, mean.detach(), (variance + eps).rsqrt().detach()  # no derivatives, as in torch
 
 
 def _native_batch_norm(
@@ -155,6 +185,8 @@ def _native_batch_norm(
     momentum: float,
     eps: float,
 ) -> tuple[torch.Tensor, ...]:
+    if input.dim() < 2:  # torch takes empty ones
+        return torch.native_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps)
     shape = (1, -1, *(1,) * (input.dim() - 2))
     x = _wide(input)
     saved_mean = saved_scale = x.new_empty(0)
@@ -162,7 +194,7 @@ def _native_batch_norm(
         scaled, mean, variance = _normalised(x, (0, *range(2, input.dim())), eps)
         _track(running_mean, running_var, mean, variance, input.numel() // input.shape[1], momentum)
         if training:
-            saved_mean, saved_scale = mean.reshape(-1), (variance + eps).rsqrt().reshape(-1)
+            saved_mean, saved_scale = mean.detach().reshape(-1), (variance + eps).rsqrt().detach().reshape(-1)
     else:
         scaled = (x - running_mean.reshape(shape)) * (running_var.reshape(shape) + eps).rsqrt()
     return _affine(scaled, weight, bias, shape).to(input.dtype), saved_mean, saved_scale

@@ -121,8 +121,8 @@ def _take_over(program: Program, index: int, outputs: list[torch.Tensor], device
     output = outputs[index]
     if output.numel() == 0:  # DLPack gives empty tensors no address
         return jax.device_put(np.zeros(spec.shape, spec.dtype), device)
-    shared = is_held_elsewhere(output, references=2)  # by the list of outputs and by this variable
-    if shared or output.dtype != dtype or not output.is_contiguous() or output.is_conj() or output.is_neg():
+    unowned = is_held_elsewhere(output, references=2) or not output.data_ptr()  # 2: the list of outputs, this variable
+    if unowned or output.dtype != dtype or not output.is_contiguous() or output.is_conj() or output.is_neg():
         buffers = Buffers({index: torch.empty(spec.shape, dtype=dtype)})
         program.put(index, output, buffers)
         output = buffers[index]

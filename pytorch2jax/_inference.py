@@ -163,8 +163,8 @@ def _infer_fake(
             _check_not_read(name, call, inputs, device, kept)
     _check_foreign(name, around, tracker)
     inferred = inferred._replace(cuts=exposure.cuts, marks=exposure.marks)
-    if exposure.happened:
-        inferred = inferred._replace(written=frozenset(range(len(inputs))))
+    written = frozenset(range(len(inputs))) if exposure.happened else exposure.outputs_among(tensors)
+    inferred = inferred._replace(written=inferred.written | written)
     return _with_host_randomness(inferred, host), tracker
 
 
@@ -253,7 +253,7 @@ def _infer_real(
     differing = {i for i, (new, old) in enumerate(zip(tensors, before, strict=True)) if not _same_bits(new, old)}
     # On other values it may write to others of its arguments. Of its own tensors, which are many, only those are
     # copied that this run wrote to; a write to another one is an error at run time.
-    written = inferred.written | differing | set(range(around.n_own, len(tensors)))
+    written = inferred.written | exposure.outputs_among(tensors) | differing | set(range(around.n_own, len(tensors)))
     if exposure.happened:  # somebody outside of torch may write on another occasion
         written = frozenset(range(len(tensors)))
     inferred = inferred._replace(written=frozenset(written), needs_grad=needs_grad, certain=False)

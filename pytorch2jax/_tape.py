@@ -363,6 +363,9 @@ class _Saving:
         self.sizes: dict[int, int] = {}  # of storages that autograd holds besides the inputs
 
     def pack(self, tensor: torch.Tensor) -> Any:
+        if tensor.layout is not torch.strided:  # its values may lie in an input
+            saved = tensor.detach().clone()
+            return saved, saved._version
         address = storage_address(tensor)
         index, dtype = self._inputs.get(address, (None, None))
         if index is None or tensor.dtype != dtype or tensor.is_conj() or tensor.is_neg():

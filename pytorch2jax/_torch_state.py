@@ -16,7 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pytorch2jax._internals import is_any_autocast_enabled, is_deterministic, set_vmap_fallback
+from pytorch2jax._internals import (
+    is_any_autocast_enabled,
+    is_deterministic,
+    set_library_kernels,
+    set_vmap_fallback,
+)
 
 _DEVICE_TYPES = ("cpu", "cuda")
 
@@ -151,8 +156,7 @@ def _set_kernel_flags(values: tuple[bool, ...]) -> tuple[bool, ...]:
     torch.backends.cuda.enable_flash_sdp(flash)
     torch.backends.cuda.enable_mem_efficient_sdp(efficient)
     torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
-    torch.backends.cudnn.enabled = cudnn
-    torch.backends.mkldnn.enabled = mkldnn  # type: ignore[assignment]
+    set_library_kernels(cudnn, mkldnn)
     torch.backends.mha.set_fastpath_enabled(fastpath)
     return before
 

@@ -226,6 +226,11 @@ class Exposure(TorchFunctionMode):
         self.happened = False
         self.cuts = False
         self.marks = False
+        self._out: set[int] = set()
+
+    def outputs_among(self, tensors: Sequence[torch.Tensor]) -> frozenset[int]:
+        """Which tensors torch got as `out=`. Some functions leave it as it is while a mode watches (`matrix_rank`)."""
+        return frozenset(i for i, tensor in enumerate(tensors) if _storage(tensor) in self._out)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self._EXPOSING:
@@ -234,8 +239,11 @@ class Exposure(TorchFunctionMode):
             self.marks = True
         if is_turning_grad_off(func, args):
             self.cuts = True
+        if kwargs and "out" in kwargs:
+            self._out.update(map(_storage, _tensors(kwargs["out"])))
         return func(*args, **(kwargs or {}))
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    """What tells tensors that share memory from others: an address. Sparse tensors have none and share none."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else -id(tensor)

@@ -71,8 +71,8 @@ def t2j(tensor: torch.Tensor, via: str = "dlpack", *, copy: bool = False) -> jax
     dense = _narrow(tensor.detach().resolve_conj().resolve_neg())
     if dense.numel() == 0:  # DLPack gives empty tensors no address; JAX refuses some of their strides
         return jnp.zeros(tuple(dense.shape), dtype_t2j(dense.dtype))
-    if not dense.is_contiguous():
-        dense = dense.contiguous()
+    if not dense.is_contiguous() or not dense.data_ptr():  # zeros without memory: derivatives that are zero everywhere
+        dense = torch.empty_like(dense, memory_format=torch.contiguous_format).copy_(dense)
     array = uncommitted(jax.dlpack.from_dlpack(dense))
     if copy and dense.data_ptr() == tensor.data_ptr():
         # JAX copies in the background; torch may write to the tensor as soon as this returns.

@@ -12,6 +12,7 @@ torch takes the adjoint, and `transpose(c) = conj(adjoint(conj(c)))`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import threading
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from pytorch2jax._composite import CompositeScatter
 from pytorch2jax._dtypes import dtype_j2t, is_inexact
 from pytorch2jax._errors import OutputMismatchError, UnsupportedTransformError
 from pytorch2jax._inference import Spec
@@ -268,7 +270,8 @@ class Vmap(Derived):
             return self._run_directly(tensors, style, around)
         if style.batching is not Batching.LOOP:
             inside = around._replace(functional=True)
-            with vmap_fallback(style.batching is Batching.FALLBACK):
+            scatter = CompositeScatter() if torch.is_grad_enabled() else contextlib.nullcontext()
+            with vmap_fallback(style.batching is Batching.FALLBACK), scatter:
                 outputs = flat_vmap(
                     lambda inputs: self.base.run(inputs, style, inside),
                     tensors,
@@ -280,7 +283,7 @@ class Vmap(Derived):
             return tuple(o.sum(0) if d is None else o for o, d in zip(outputs, self.out_dims, strict=True))
         rows = [
             self.base.run(
-                [t if d is None else t.select(d, i) for t, d in zip(tensors, self.in_dims, strict=True)],
+                [t if d is None else _example(t, d, i) for t, d in zip(tensors, self.in_dims, strict=True)],
                 style,
                 around,
             )
@@ -312,6 +315,11 @@ class Vmap(Derived):
             full = output.expand(*output.shape[:outer], self.size, *spec.shape)
             results.append(full.sum(outer) if dim is None else full.movedim(outer, outer + dim))
         return tuple(results)
+
+
+def _example(tensor: torch.Tensor, dim: int, index: int) -> torch.Tensor:
+    """One example of a batch, in memory of its own: `as_strided` sees where in a larger one a tensor begins."""
+    return tensor.select(dim, index).clone(memory_format=torch.contiguous_format)
 
 
 def _with_batch_axis(tensor: torch.Tensor, dim: int | None, outer: int, size: int) -> torch.Tensor:

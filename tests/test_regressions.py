@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import subprocess
 import sys
 import threading
 
@@ -25,6 +26,7 @@ from pytorch2jax import (
     UnsupportedTransformError,
     convert_pytnn_to_jax,
     load_params,
+    t2j,
     torch2jax,
 )
 from pytorch2jax._bound import BoundFunction
@@ -793,3 +795,156 @@ def test_forward_mode_in_several_threads():
     finally:
         sys.setswitchinterval(interval)
     assert not wrong
+
+
+# -- torch's operator database -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [3, 500_000])
+def test_zeros_without_memory(size):
+    """Torch has tensors of zeros that lie nowhere; reading their address ended the process."""
+    f = torch2jax(torch.abs)
+    x = jnp.linspace(-1.0, 1.0, size)
+
+    def pull(x, c):
+        return jax.vjp(f, x)[1](c)[0]
+
+    def twice(x, c):
+        return jax.vjp(pull, x, c)[1](c)
+
+    for run in (twice, jax.jit(twice)):
+        by_primals, by_cotangents = run(x, jnp.cos(x))
+        assert by_primals.unsafe_buffer_pointer() != 0
+        np.testing.assert_array_equal(by_primals, np.zeros(size))
+        np.testing.assert_allclose(by_cotangents, np.sign(x) * np.cos(x))
+
+
+def test_zeros_without_memory_become_an_array():
+    x, c = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    gradient = torch.autograd.grad(x.abs(), x, c, create_graph=True)[0]
+    zeros = torch.autograd.grad(gradient.sum(), x)[0]
+    assert zeros.data_ptr() == 0
+    array = t2j(zeros)
+    assert array.unsafe_buffer_pointer() != 0
+    assert array.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_calls_without_results_run():
+    """XLA left them out: a function that returned nothing on the values that it was tried on returned nothing ever."""
+    f = torch2jax(torch.argwhere)  # tried on zeros
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"expected torch.int64\[0, 1\].*got torch.int64\[2, 1\]"):
+        jax.jit(f)(jnp.array([1, 0, 2]))
+    assert jax.jit(f)(jnp.zeros(3, jnp.int64)).shape == (0, 1)
+    assert jax.jit(torch2jax(lambda x: x[:0]))(jnp.ones(3)).shape == (0,)
+
+
+def test_after_torch_has_forbidden_to_set_its_flags():
+    """As `torch.testing` does. Every call was then tried on made-up values, and second order failed."""
+    program = """
+import jax, jax.numpy as jnp, torch
+torch.backends.disable_global_flags()
+from pytorch2jax import torch2jax
+f = torch2jax(lambda q: torch.nn.functional.scaled_dot_product_attention(q, q, q))
+calls = []
+g = torch2jax(lambda x: calls.append(type(x).__name__) or torch.linalg.cholesky(x))
+assert jax.eval_shape(g, jnp.eye(3)).shape == (3, 3)
+assert calls == ["FakeTensor"], calls
+assert jax.jacfwd(jax.grad(lambda q: f(q).sum()))(jnp.ones((1, 2, 3))).shape == (1, 2, 3, 1, 2, 3)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_saved_statistics_have_no_derivative():
+    """The mean and scale that torch's normalisations return besides have none in torch, whatever the order."""
+    x, c = torch.randn(4, 3, dtype=torch.float64), [torch.randn(s, dtype=torch.float64) for s in ((4, 3), (3,), (3,))]
+
+    def norm(x):
+        return torch.native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)
+
+    leaf = x.clone().requires_grad_()
+    first = torch.autograd.grad(norm(leaf)[0], leaf, c[0], create_graph=True)[0]
+    expected = torch.autograd.grad(first, leaf, torch.cos(x))[0]
+    cotangents = tuple(jnp.array(t.numpy()) for t in c)
+    f = torch2jax(norm)
+
+    def pull(x):
+        return jax.vjp(f, x)[1](cotangents)[0]
+
+    got = jax.vjp(pull, jnp.array(x.numpy()))[1](jnp.cos(x.numpy()))[0]
+    np.testing.assert_allclose(got, expected, rtol=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse ", "ignore::pytorch2jax.LoopWarning")
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: x.to_sparse().to_dense() * 2,
+        lambda x: torch.sparse.mm(x.to_sparse(), x),
+        lambda x: x.to_sparse_csr() @ x,
+        lambda x: torch.sparse_coo_tensor(torch.tensor([[0, 1], [1, 2]]), x[0, :2], (3, 3)).to_dense() * x,
+    ],
+    ids=["to_sparse", "sparse.mm", "csr", "of a part of x"],
+)
+def test_sparse_tensors_inside(fn):
+    """They have no memory of their own that could be asked for, which ended each call with an error."""
+    x = jnp.array([[0.0, 2.0, 0.0], [1.0, 0.0, 3.0], [0.0, 0.0, 4.0]])
+    tensor = torch.from_numpy(np.array(x)).requires_grad_()
+    expected = fn(tensor)
+    (gradient,) = torch.autograd.grad((expected**2).sum(), tensor)
+    f = torch2jax(fn)
+
+    def loss(x):
+        return (f(x) ** 2).sum()
+
+    for run in (lambda f: f, jax.jit):
+        np.testing.assert_allclose(run(f)(x), expected.detach())
+        np.testing.assert_allclose(run(jax.grad(loss))(x), gradient)
+    np.testing.assert_allclose(jax.vmap(f)(jnp.stack([x, 2 * x]))[0], expected.detach())
+
+
+@pytest.mark.parametrize("index", [0, 2, -1])
+def test_gradients_of_a_batch_of_select_scatter(index):
+    """Torch's, through its own `vmap`, are too large by the length of the axis."""
+    f = torch2jax(lambda x, y: torch.select_scatter(x, y, 1, index) * x)
+    x, y = jax.random.normal(KEY, (3, 2, 4)), jax.random.normal(KEY, (3, 2))
+
+    def gradient(x, y):
+        return jax.grad(lambda x, y: (f(x, y) ** 3).sum(), argnums=(0, 1))(x, y)
+
+    expected = jax.tree.map(lambda *rows: jnp.stack(rows), *map(gradient, x, y))
+    np.testing.assert_allclose(jax.vmap(gradient)(x, y)[0], expected[0])
+    np.testing.assert_allclose(jax.vmap(gradient)(x, y)[1], expected[1])
+
+
+@pytest.mark.filterwarnings("ignore::pytorch2jax.LoopWarning")
+@pytest.mark.parametrize("axis", [0, 1])
+def test_examples_of_a_loop_have_memory_of_their_own(axis):
+    """They were views of the batch, of which `as_strided` with an offset saw the first example."""
+
+    def scatter(x, y):
+        return torch.as_strided_scatter(x, y, (2,), (1,), 1)
+
+    x, y = jnp.arange(12.0).reshape(3, 4), jnp.array([-1.0, -2.0])
+    batch = x if axis == 0 else x.T
+    out = jax.vmap(torch2jax(scatter), in_axes=(axis, None))(batch, y)
+    expected = np.stack([scatter(torch.tensor(row), torch.tensor(np.array(y))) for row in np.array(x)])
+    np.testing.assert_array_equal(out, expected)
+
+
+def test_an_output_argument_that_is_written_to_when_nobody_watches():
+    """Torch's `matrix_rank` leaves `out` as it is while its operators are watched, as they are at trace time."""
+    f = torch2jax(lambda x, out: torch.linalg.matrix_rank(x, out=out))
+    x, out = jnp.eye(3), jnp.zeros((), jnp.int64)
+    for run in (f, jax.jit(f)):
+        assert run(x, out) == 3
+        assert out == 0
+
+
+def test_second_derivatives_of_an_empty_normalisation():
+    """Torch takes an empty vector for a batch without examples."""
+    empty = jnp.zeros(0)
+    f = torch2jax(lambda x, mean, var: F.batch_norm(x, mean, var))
+    assert jax.hessian(lambda x: f(x, empty, empty).sum())(empty).shape == (0, 0)

@@ -1,0 +1,1 @@
+"""The library on torch's own database of operators; `python -m conformance.run`."""

@@ -1,0 +1,105 @@
+"""What cannot work, or does not, with the reason for each.
+
+An operator, check and dtype that is refused or fails has to be listed here, and what is listed has to be refused or
+fail: `report.complaints` says where it is not so.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Known(NamedTuple):
+    """Why an operator does not pass.
+
+    Attributes:
+        verdict: what is expected: `"refused"`, by an error of the library's own; `"failed"`, in another way;
+            `"skipped"`: it is not tried.
+        reason: why.
+        operators: their names.
+        checks: in which checks; empty: in all.
+        dtypes: with which dtypes; empty: with all.
+    """
+
+    verdict: str
+    reason: str
+    operators: tuple[str, ...]
+    checks: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+
+    def covers(self, operator: str, check: str, dtype: str) -> bool:
+        """Whether this is about an operator in a check with a dtype."""
+        return (
+            operator in self.operators
+            and (not self.checks or check in self.checks)
+            and (not self.dtypes or dtype in self.dtypes)
+        )
+
+
+_SECOND = ("second order",)
+
+KNOWN = (
+    Known(
+        "refused",
+        "The shape of the output depends on values, which is found out at run time.",
+        (
+            "argwhere",
+            "bincount",
+            "masked_select",
+            "nn.functional.one_hot",
+            "nonzero",
+            "tensor_split",
+            "unique_consecutive",
+        ),
+    ),
+    Known(
+        "refused",
+        "The output is sparse.",
+        ("to_sparse",),
+        ("forward", "narrow", "vmap"),
+    ),
+    Known("refused", "The output is complex32, which JAX does not have.", ("chalf",)),
+    Known(
+        "refused",
+        "The output is uint64 and does not fit into 32 bits.",
+        ("hash_tensor",),
+        ("narrow",),
+    ),
+    Known(
+        "failed",
+        "Pivots have to be int32, and int32 arrays reach torch as int64 while `jax_enable_x64` is off: "
+        "`widen_ints=False` keeps them.",
+        ("linalg.lu_solve", "lu_solve", "lu_unpack"),
+        ("narrow",),
+    ),
+    Known(
+        "failed",
+        "Torch's double backward, the oracle, is NaN where a norm has a kink or a mask has left nothing; forward over "
+        "reverse is 0 there.",
+        ("linalg.norm.subgradients_at_zero", "masked.logaddexp"),
+        _SECOND,
+    ),
+    Known(
+        "failed",
+        "Torch's own forward derivative of the backward is wrong (2.13; finite differences agree with its double "
+        "backward).",
+        ("cholesky_inverse", "scatter_reduce.prod", "triangular_solve"),
+        _SECOND,
+    ),
+    Known(
+        "failed",
+        "The function asks its inputs whether they require a gradient, which torch.vmap denies, and then has none.",
+        ("nn.functional.linear_cross_entropy.chunked",),
+        ("vmap of gradients",),
+    ),
+)
+
+
+def reasons(operator: str, check: str, dtype: str) -> list[Known]:
+    """What is known about an operator in a check with a dtype."""
+    return [known for known in KNOWN if known.covers(operator, check, dtype)]
+
+
+def skipped(operator: str, check: str, dtype: str) -> bool:
+    """Whether something is not tried."""
+    return any(known.verdict == "skipped" for known in reasons(operator, check, dtype))

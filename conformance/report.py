@@ -1,0 +1,119 @@
+"""What was found, as JSON and as Markdown, and what of it is unexpected."""
+
+from __future__ import annotations
+
+import collections
+import importlib.metadata
+import json
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytorch2jax
+from conformance.exceptions import KNOWN, reasons
+
+JSON_NAME = "results.json"
+MARKDOWN_NAME = "results.md"
+SAMPLES = 2
+"""At most so many for each check and dtype, unless somebody asks for another number."""
+
+_VERDICTS = ("passed", "refused", "failed")
+
+_HEAD = """# Torch's operators
+
+{made_with}
+
+The library on torch's own database of operators (`op_db`), with torch as the oracle: {operators} operators and
+variants, {runs} runs of samples, of which {passed} passed. A run is one sample in one check with one dtype. *Passed* is
+what agrees with torch, *refused* what ended with a clear error of the library's own, *failed* the rest. Each sample
+runs outside of `jax.jit`, the first of each operator also inside. What torch itself cannot do is not counted.
+
+"""
+
+
+def describe(samples: int) -> dict[str, Any]:
+    """With what the results are made."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "torch")}
+    versions = {"pytorch2jax": pytorch2jax.__version__, **versions, "Python": platform.python_version()}
+    return {"versions": versions, "samples": samples}
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Earlier results, if there are any."""
+    path = folder / JSON_NAME
+    return json.loads(path.read_text()) if path.exists() else {"operators": {}}
+
+
+def save(folder: Path, results: dict[str, Any]) -> None:
+    """Write the results, an operator to a line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [f"{json.dumps(name)}: {json.dumps(answer)}" for name, answer in results["operators"].items()]
+    made_with = json.dumps(results["made_with"])
+    text = f'{{"made_with": {made_with}, "operators": {{\n' + ",\n".join(lines) + "\n}}\n"
+    (folder / JSON_NAME).write_text(text)
+
+
+def outcomes(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """All outcomes."""
+    for answer in results["operators"].values():
+        yield from answer.get("outcomes", ())
+
+
+def verdict(outcome: dict[str, Any]) -> str:
+    """The worst of what happened to the samples."""
+    return "failed" if outcome["failed"] else "refused" if outcome["refused"] else "passed"
+
+
+def complaints(results: dict[str, Any]) -> list[str]:
+    """What is unexpected: outcomes without a reason and, if there are enough samples, reasons without an outcome."""
+    found = [f"{name}: {answer['ended']}" for name, answer in results["operators"].items() if "ended" in answer]
+    used: set[tuple[int, str]] = set()
+    for outcome in outcomes(results):
+        address, worst = (outcome["operator"], outcome["check"], outcome["dtype"]), verdict(outcome)
+        known = reasons(*address)
+        used |= {(KNOWN.index(k), outcome["operator"]) for k in known if k.verdict == worst}
+        # With fewer samples, those that fail may not be among them.
+        if (worst == "failed" and all(k.verdict != "failed" for k in known)) or (worst == "refused" and not known):
+            found.append(f"{', '.join(address)}: {worst}: {outcome['message']}")
+    for number, entry in enumerate(KNOWN if results["made_with"]["samples"] >= SAMPLES else ()):
+        for operator in entry.operators:
+            tried = operator in results["operators"] and entry.verdict != "skipped"
+            if tried and (number, operator) not in used:
+                found.append(f"{operator}: no longer {entry.verdict} ({entry.reason}): take it out of the exceptions")
+    return found
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The report."""
+    counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    operators: dict[str, set[str]] = collections.defaultdict(set)
+    for outcome in outcomes(results):
+        counts[outcome["check"]].update({name: outcome[name] for name in _VERDICTS})
+        operators[outcome["check"]].add(outcome["operator"])
+    passed = sum(c["passed"] for c in counts.values())
+    runs = sum(sum(c.values()) for c in counts.values())
+    versions = results["made_with"]["versions"].items()
+    made_with = ", ".join(f"{name} {version}" for name, version in versions)
+    made_with += f"; at most {results['made_with']['samples']} samples of an operator for each check and dtype."
+    lines = [_HEAD.format(made_with=made_with, operators=len(results["operators"]), runs=runs, passed=passed)]
+    lines += ["| check | operators | passed | refused | failed |\n", "|---|---|---|---|---|\n"]
+    for check, count in counts.items():
+        cells = (check, len(operators[check]), *(count[name] for name in _VERDICTS))
+        lines.append(f"| {' | '.join(map(str, cells))} |\n")
+    return "".join([*lines, *_reasons(results)])
+
+
+def _reasons(results: dict[str, Any]) -> Iterator[str]:
+    for name in ("refused", "failed", "skipped"):
+        entries = [known for known in KNOWN if known.verdict == name]
+        if not entries:
+            continue
+        yield f"\n## {name.capitalize()}, and why\n\n"
+        for known in entries:
+            where = ", ".join(known.checks) or "all checks"
+            dtypes = f" ({', '.join(known.dtypes)})" if known.dtypes else ""
+            yield f"- {known.reason} In {where}{dtypes}: {', '.join(f'`{o}`' for o in known.operators)}.\n"
+    unexpected = complaints(results)
+    if unexpected:
+        yield "\n## Unexpected\n\n" + "".join(f"- {line}\n" for line in unexpected)

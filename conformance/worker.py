@@ -1,0 +1,160 @@
+"""A process that checks operators, told by its parent which, one at a time.
+
+    python -m conformance.worker COUNT
+
+Its first line of JSON has the names of all operators. It then reads names as lines and answers each with a line of
+JSON: the outcomes, and how long it took. What libraries print
+goes to standard error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import torch
+
+from conformance import samples
+from conformance.checks import CHECKS, DERIVATIVES, eagerly
+from conformance.compare import WrongError
+from conformance.exceptions import skipped
+from conformance.oracle import TorchCannotError
+from pytorch2jax import Pytorch2JaxError
+from pytorch2jax import _errors as errors
+
+_NO_REFUSALS = (errors.TorchCallError, errors.InferenceError)
+"""Errors that tell of what torch could not do, where it can."""
+
+_BY_NAME = re.compile(rf"raised ({'|'.join(name for name in dir(errors) if name.endswith('Error'))}): (.*)")
+
+
+@dataclasses.dataclass
+class Outcome:
+    """How the samples of one operator fared in one check with one dtype.
+
+    Attributes:
+        operator, check, dtype: which.
+        passed, refused, failed: how many samples: JAX has what torch has; a clear error of the library's own; anything
+            else.
+        message: of the first failure, else of the first refusal.
+    """
+
+    operator: str
+    check: str
+    dtype: str
+    passed: int = 0
+    refused: int = 0
+    failed: int = 0
+    message: str = ""
+
+
+def check_operator(name: str, count: int) -> list[Outcome]:
+    """Check one operator.
+
+    Args:
+        name: of the operator.
+        count: how many samples for each check and dtype.
+
+    Returns:
+        The outcomes of what torch itself can do.
+    """
+    op = samples.OPERATORS[name]
+    outcomes = []
+    take = functools.cache(functools.partial(_calls, op, count))
+    for check, (function, dtypes) in CHECKS.items():
+        for dtype in dtypes:
+            if not _has(op, check, dtype) or skipped(name, check, _short(dtype)):
+                continue
+            outcome = Outcome(name, check, _short(dtype))
+            for number, call in enumerate(take(dtype, check in DERIVATIVES)):
+                for way in (eagerly, jax.jit) if number == 0 else (eagerly,):
+                    _count(outcome, functools.partial(function, op, call, way), call)
+            if outcome.passed or outcome.refused or outcome.failed:
+                outcomes.append(outcome)
+    return outcomes
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _has(op: Any, check: str, dtype: torch.dtype) -> bool:
+    """Whether torch has this for an operator."""
+    supported = op.supported_dtypes("cpu")
+    if check == "vmap" and dtype is not torch.float64 and torch.float64 in supported:
+        return False
+    if check in DERIVATIVES:
+        second = check != "second order" or op.supports_gradgrad
+        return bool(op.supports_autograd and second and dtype in op.supported_backward_dtypes("cpu"))
+    return dtype in supported
+
+
+def _calls(op: Any, count: int, dtype: torch.dtype, derivatives: bool) -> list[samples.Call]:
+    try:
+        calls = samples.calls(op, dtype, count, derivatives=derivatives)
+    except Exception:  # torch cannot make its own samples, which need more than is here
+        return []
+    return [call for call in calls if call.active or not derivatives]
+
+
+def _count(outcome: Outcome, function: Callable[[], None], call: samples.Call) -> None:
+    torch.random.default_generator.manual_seed(0)
+    try:
+        function()
+    except TorchCannotError:
+        return
+    except Exception as error:
+        refusal = None if isinstance(error, WrongError) else refusal_in(error)
+        if refusal is None:
+            outcome.failed += 1
+        else:
+            outcome.refused += 1
+        if (refusal is None and outcome.failed == 1) or not outcome.message:
+            outcome.message = f"{refusal or describe(error)} [{call.describe()}]"
+        return
+    outcome.passed += 1
+
+
+def refusal_in(error: Exception) -> str | None:
+    """The library's own error, in words, if that is what it is."""
+    if isinstance(error, Pytorch2JaxError):
+        return None if isinstance(error, _NO_REFUSALS) else describe(error)
+    found = _BY_NAME.search(str(error))
+    if found is None or found[1] in {kind.__name__ for kind in _NO_REFUSALS}:
+        return None
+    return f"{found[1]}: {found[2]}"[:400]
+
+
+def describe(error: Exception) -> str:
+    """One line about an exception."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:400]
+
+
+def main() -> None:
+    """Serve standard input, and keep standard output for the answers."""
+    warnings.simplefilter("ignore")
+    jax.config.update("jax_enable_x64", True)
+    torch.set_num_threads(1)
+    count = int(sys.argv[1])
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    print(json.dumps({"operators": list(samples.OPERATORS)}), file=answers, flush=True)
+    for line in sys.stdin:
+        start = time.perf_counter()
+        outcomes = check_operator(line.strip(), count)
+        times = {"seconds": round(time.perf_counter() - start, 2)}
+        print(json.dumps({"outcomes": list(map(dataclasses.asdict, outcomes)), **times}), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Torch's own database of operators: a part of what `make conformance` runs, and the report's complaints."""
+
+from __future__ import annotations
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from conformance import exceptions, report
+from conformance.exceptions import Known
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def test_every_twentieth_operator(tmp_path):
+    command = [sys.executable, "-m", "conformance.run", "--shard", "3/20", "--samples", "1", "--processes", "1"]
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    counts = [
+        sum(outcome[verdict] for outcome in report.outcomes(report.read(tmp_path)))
+        for verdict in ("passed", "refused", "failed")
+    ]
+    assert counts[0] > 500
+    assert "Nothing unexpected" in done.stdout
+    assert "| second order |" in (tmp_path / report.MARKDOWN_NAME).read_text()
+
+
+def test_the_results_in_the_repository_are_as_expected():
+    results = report.read(ROOT / "conformance")
+    assert len(results["operators"]) > 600
+    assert report.complaints(results) == []
+
+
+def found(verdict, *, samples=report.SAMPLES):
+    outcome = {"operator": "sin", "check": "reverse", "dtype": "float64", "passed": 1, "refused": 0, "failed": 0}
+    outcome |= {verdict: 1, "message": "WrongError: output"}
+    return {"made_with": {"samples": samples, "versions": {}}, "operators": {"sin": {"outcomes": [outcome]}}}
+
+
+@pytest.fixture
+def known(monkeypatch):
+    def set_known(*entries):
+        monkeypatch.setattr(exceptions, "KNOWN", entries)
+        monkeypatch.setattr(report, "KNOWN", entries)
+
+    return set_known
+
+
+@pytest.mark.parametrize("verdict", ["refused", "failed"])
+def test_what_has_no_reason_is_unexpected(known, verdict):
+    known(Known(verdict, "A reason.", ("cos",)), Known(verdict, "A reason.", ("sin",), ("vmap",)))
+    assert report.complaints(found(verdict))[0] == f"sin, reverse, float64: {verdict}: WrongError: output"
+    known(Known(verdict, "A reason.", ("sin",), ("reverse",), ("float64",)))
+    assert report.complaints(found(verdict)) == []
+    assert "A reason." in report.markdown(found(verdict))
+
+
+def test_a_refusal_is_no_reason_to_fail(known):
+    known(Known("refused", "A reason.", ("sin",)))
+    assert "failed: WrongError" in report.complaints(found("failed"))[0]
+
+
+def test_a_reason_that_is_no_longer_needed_is_unexpected(known):
+    known(Known("failed", "A reason.", ("sin", "cos")))
+    assert report.complaints(found("passed")) == ["sin: no longer failed (A reason.): take it out of the exceptions"]
+    assert report.complaints(found("passed", samples=report.SAMPLES - 1)) == []
+
+
+def test_an_interpreter_that_ends_is_unexpected(known):
+    known()
+    results = {"made_with": {"samples": 1}, "operators": {"sin": {"ended": "the process ended with -11"}}}
+    assert report.complaints(results) == ["sin: the process ended with -11"]
+
+
+def test_what_is_not_tried_has_a_reason(known):
+    known(Known("skipped", "It takes hours.", ("sin",), dtypes=("float64",)))
+    assert exceptions.skipped("sin", "reverse", "float64")
+    assert not exceptions.skipped("sin", "reverse", "complex128")
+    assert not exceptions.skipped("cos", "reverse", "float64")
+
+
+def test_checks_can_fail():
+    """In a process of its own, because torch's tests change its settings."""
+    program = """
+import jax, torch
+jax.config.update("jax_enable_x64", True)
+from conformance import worker, checks
+assert all(o.passed and not o.failed for o in worker.check_operator("sin", 1))
+checks.torch2jax = lambda fn: __import__("pytorch2jax").torch2jax(lambda x: fn(x) + 1e-3 * x**2)
+failed = {o.check for o in worker.check_operator("sin", 1) if o.failed}
+assert failed >= {"forward", "reverse", "forward mode", "second order", "vmap", "vmap of gradients"}, failed
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
