@@ -228,7 +228,7 @@ def test_the_tape_changes_nothing(tree, jitted):
     call = jax.value_and_grad(lambda x, w: jnp.sin(f(x, w)).sum(), argnums=(0, 1))
     with use_tape(True):
         call_taped = jax.jit(call) if jitted else call
-        first = call_taped(X, W)
+        first = jax.block_until_ready(call_taped(X, W))
         assert len(TAPE) == 0, (tree, jitted)
         same(call_taped(X, W), first)  # inputs that were found to move are found now
         same(call_taped(X + 0.1, W), call_taped(X + 0.1, W))
