@@ -132,9 +132,9 @@ def test_calls_that_fail():
             with pytest.raises(Exception, match="always"):
                 jax.block_until_ready(call(X + 2))
 
-    grown, left = growth(run, 60 * TIMES, warm=10)
+    grown, left = growth(run, 100 * TIMES, warm=50)
     assert left == {}
-    assert grown < 50_000
+    assert grown * 50 * TIMES < 4_000_000
 
 
 def test_conversions():
