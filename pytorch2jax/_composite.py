@@ -185,9 +185,7 @@ def _native_batch_norm(
     momentum: float,
     eps: float,
 ) -> tuple[torch.Tensor, ...]:
-    if input.dim() < 2:  # torch takes empty ones
-        return torch.native_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps)
-    shape = (1, -1, *(1,) * (input.dim() - 2))
+    shape = (1, -1, *(1,) * (input.dim() - 2)) if input.dim() > 1 else (-1,)  # torch takes empty vectors
     x = _wide(input)
     saved_mean = saved_scale = x.new_empty(0)
     if training or running_mean is None or running_var is None:

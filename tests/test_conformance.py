@@ -14,8 +14,8 @@ from conformance.exceptions import Known
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-def test_every_twentieth_operator(tmp_path):
-    command = [sys.executable, "-m", "conformance.run", "--shard", "3/20", "--samples", "1", "--processes", "1"]
+def test_every_thirtieth_operator(tmp_path):
+    command = [sys.executable, "-m", "conformance.run", "--shard", "3/30", "--samples", "1", "--processes", "1"]
     done = subprocess.run(
         [*command, "--output", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=900, check=False
     )
@@ -24,7 +24,7 @@ def test_every_twentieth_operator(tmp_path):
         sum(outcome[verdict] for outcome in report.outcomes(report.read(tmp_path)))
         for verdict in ("passed", "refused", "failed")
     ]
-    assert counts[0] > 500
+    assert counts[0] > 300
     assert "Nothing unexpected" in done.stdout
     assert "| second order |" in (tmp_path / report.MARKDOWN_NAME).read_text()
 
