@@ -43,7 +43,7 @@ def evaluate(program: Program, arrays: Sequence[Any], staged: Callable[..., Any]
         TorchCallError: torch raised an exception, which is the cause.
         ForkError: JAX was running already when the process was forked.
     """
-    check_process(program.describe())
+    check_process(program.describe)
     for index, array in enumerate(() if program.root.shardable else arrays):
         sharding = getattr(array, "sharding", None)
         if sharding is not None and type(sharding) is not SingleDeviceSharding:

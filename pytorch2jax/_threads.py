@@ -106,15 +106,15 @@ def _worker() -> queue.SimpleQueue[_Job]:
 _forked = False  # from a process in which JAX has threads
 
 
-def check_process(call: str) -> None:
-    """Raise in a process that was forked from one in which JAX has threads.
+def check_process(call: Callable[[], str]) -> None:
+    """Raise in a process that was forked from one in which JAX has threads; `call` says which call it was.
 
     Raises:
         ForkError: it was.
     """
     if _forked:
         raise ForkError(
-            f"{call}: expected a process in which JAX can run, got one that was forked when JAX was running "
+            f"{call()}: expected a process in which JAX can run, got one that was forked when JAX was running "
             "already, where it would hang. Start processes with the method 'spawn' or 'forkserver' "
             "(`multiprocessing.set_start_method`), or fork before the first use of JAX."
         )
