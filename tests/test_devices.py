@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import _thread
 import os
-import pathlib
-import subprocess
-import sys
 import threading
 
 import jax
@@ -14,29 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from eight_devices import N, run_again
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pytorch2jax import _threads, convert_pytnn_to_jax, torch2jax, use_tape
 from pytorch2jax._tape import TAPE
 
-N = 8
-
 
 def test_on_eight_devices():
     if jax.device_count() == N:
         return
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__],
-        env={**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={N}"},
-        cwd=pathlib.Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-5000:]
-    assert "no tests ran" not in result.stdout
+    run_again(__file__, 150)
 
 
 def test_a_worker_that_is_busy_is_not_waited_for(monkeypatch):

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 import pytest
 import torch
+from eight_devices import N, run_again
 from jax.sharding import AxisType, NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
@@ -36,23 +37,11 @@ from pytorch2jax import (
     use_tape,
 )
 
-N = 8
-
 
 def test_on_eight_devices():
     if jax.device_count() == N:
         return
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__],
-        env={**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={N}"},
-        cwd=pathlib.Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-5000:]
-    assert "no tests ran" not in result.stdout
+    run_again(__file__, 400)
 
 
 def test_the_example_of_tensor_parallelism():
