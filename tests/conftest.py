@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pytorch2jax import use_tape
+from pytorch2jax._tape import TAPE
 
 # Files whose tests are about derivatives: each test runs with the tape and without it.
 BOTH_WAYS = ("test_transforms", "test_orders", "test_batching", "test_control_flow", "test_models", "test_random")
@@ -36,6 +37,12 @@ def _tape(request):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _empty_tape():
+    """Graphs whose backward pass another test never asked for are not this test's."""
+    TAPE.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -24,9 +24,8 @@ X, W = jnp.linspace(-1.0, 1.0, 12).reshape(3, 4), jnp.linspace(0.1, 1.0, 8).resh
 
 
 @pytest.fixture(autouse=True)
-def _empty_tape():
+def _tape_is_on():
     gc.collect()
-    TAPE.clear()
     with use_tape(True):
         yield
 
