@@ -140,10 +140,14 @@ def test_threads_trace_and_compile_the_same_function_at_once():
 # -- programs in processes of their own -----------------------------------------------------------------------
 
 
+# A process that a shell starts in the background ignores Ctrl-C, and so do its children.
+HEEDS_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+
+
 def run(program, *arguments, devices=1):
     """Run a program to its end, and return what it printed; it is an error if it fails, crashes or hangs."""
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), *arguments],
+        [sys.executable, "-c", HEEDS_CTRL_C + textwrap.dedent(program), *arguments],
         env={
             **os.environ,
             "PYTHONPATH": str(ROOT),
