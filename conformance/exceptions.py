@@ -81,13 +81,6 @@ KNOWN = (
     ),
     Known(
         "failed",
-        "Torch's own forward derivative of the backward is wrong (2.13; finite differences agree with its double "
-        "backward).",
-        ("cholesky_inverse", "scatter_reduce.prod", "triangular_solve"),
-        _SECOND,
-    ),
-    Known(
-        "failed",
         "The function asks its inputs whether they require a gradient, which torch.vmap denies, and then has none.",
         ("nn.functional.linear_cross_entropy.chunked",),
         ("vmap of gradients",),

@@ -55,7 +55,8 @@ class Inferred(NamedTuple):
     host_random: whether numbers come from NumPy's or Python's global generators, too.
     certain: whether every call does the same, as far as one can know: False where values decide.
     retains: whether the function keeps its arguments after the call.
-    cuts: whether it turns grad mode off inside, which torch's forward mode ignores.
+    forward_mode_errs: whether torch's forward mode is wrong for it, without an error: because grad mode is turned off
+        inside, which forward mode ignores, or because of an operator.
     marks: whether it does something to tensors as objects: their flags, their gradients, what they point to.
     n_operators: how many operators it runs.
     maker: which of them makes the output, where that is one tensor.
@@ -71,7 +72,7 @@ class Inferred(NamedTuple):
     host_random: bool = False
     certain: bool = True
     retains: bool = False
-    cuts: bool = False
+    forward_mode_errs: bool = False
     marks: bool = True
     n_operators: int = sys.maxsize
     maker: Maker | None = None
@@ -162,10 +163,15 @@ def _infer_fake(
         if kept:
             _check_not_read(name, call, inputs, device, kept)
     _check_foreign(name, around, tracker)
-    inferred = inferred._replace(cuts=exposure.cuts, marks=exposure.marks)
+    inferred = _noticed(inferred, tracker, exposure)
     written = frozenset(range(len(inputs))) if exposure.happened else exposure.outputs_among(tensors)
     inferred = inferred._replace(written=inferred.written | written)
     return _with_host_randomness(inferred, host), tracker
+
+
+def _noticed(inferred: Inferred, tracker: Tracker, exposure: Exposure) -> Inferred:
+    """What those that watched a run say about derivatives, and about tensors as objects."""
+    return inferred._replace(forward_mode_errs=exposure.cuts or tracker.has_wrong_tangents, marks=exposure.marks)
 
 
 def _check_foreign(name: str, around: Surroundings, tracker: Tracker) -> None:
@@ -249,7 +255,7 @@ def _infer_real(
         result, needs_grad = run_without_graph(call, tensors, exposure)
         inferred = _conclude(name, result, tensors, tracker)
     _check_foreign(name, around, tracker)
-    inferred = inferred._replace(cuts=exposure.cuts, marks=exposure.marks)
+    inferred = _noticed(inferred, tracker, exposure)
     differing = {i for i, (new, old) in enumerate(zip(tensors, before, strict=True)) if not _same_bits(new, old)}
     # On other values it may write to others of its arguments. Of its own tensors, which are many, only those are
     # copied that this run wrote to; a write to another one is an error at run time.

@@ -254,7 +254,7 @@ class Program(abc.ABC):
             for style in _LADDER
             if (style.batching is Batching.RULES or (batches and wanted is None))
             and (style.forward_mode or forward_mode)
-            and not (style.forward_mode and forward_mode and self.root.cuts)
+            and not (style.forward_mode and forward_mode and self.root.forward_mode_errs)
             and (style.fused or self.order or batches)
         ]
 
@@ -288,7 +288,7 @@ class RootProgram(Program):
     name: str
     device: torch.device = torch.device("cpu")  # where the arrays are expected
     vmap_randomness: str = "same"
-    cuts: bool = False  # torch.no_grad() inside, which torch's forward mode ignores
+    forward_mode_errs: bool = False  # torch's forward mode is wrong for it, without an error
     shares_tensors: bool = False  # does nothing to its input tensors, as objects, that would outlast a call
     state: TorchState  # what surrounds each call
     batching: Batching | None = None  # how the user wants batches evaluated

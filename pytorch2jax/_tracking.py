@@ -21,6 +21,10 @@ from pytorch2jax._internals import TorchDispatchMode, is_turning_grad_off, torch
 class Tracker(TorchDispatchMode):
     """Sees every operator that a function runs.
 
+    random: whether one of them draws random numbers.
+    n_operators: how many there were.
+    has_wrong_tangents: whether there was one for which torch's forward mode is wrong.
+
     Args:
         inputs: the function's tensors, to look out for writes to them.
         sources: those from which derived tensors are followed.
@@ -30,6 +34,7 @@ class Tracker(TorchDispatchMode):
         super().__init__()
         self.random = False
         self.n_operators = 0
+        self.has_wrong_tangents = False
         self._makers: dict[int, tuple[int, Any, torch.Size]] = {}
         self._inputs = [_storage(t) for t in inputs]
         self._writers: dict[int, set[str]] = collections.defaultdict(set)
@@ -93,6 +98,8 @@ class Tracker(TorchDispatchMode):
                     f"{func._schema.name}: expected torch's default generator, which a JAX key can seed, got a "
                     "torch.Generator of its own. Leave the argument `generator` out."
                 )
+        if func._schema.name in _WRONG_TANGENTS and _is_wrong_in_forward_mode(func, args, kwargs):
+            self.has_wrong_tangents = True
         for value in _written_arguments(func._schema, args, kwargs):
             for tensor in value if isinstance(value, (list, tuple)) else (value,):
                 if isinstance(tensor, torch.Tensor):
@@ -196,6 +203,24 @@ def _draws_nothing(func: Any, args: Any, kwargs: Any) -> bool:
         or (argument.name in ("train", "training") and value is False)
         for argument, value in _arguments(func._schema, args, kwargs)
     )
+
+
+# Operators whose tangents, or those of their backward, are wrong in torch's forward mode, without an error (torch 2.13;
+# `tests/test_orders.py` compares with finite differences). Reverse mode is right for them.
+_WRONG_TANGENTS = frozenset(
+    {
+        "aten::cholesky_inverse",
+        "aten::scatter_reduce",
+        "aten::scatter_reduce_",
+        "aten::triangular_solve",
+    }
+)
+
+
+def _is_wrong_in_forward_mode(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether one of these operators is called in such a way: of the reductions, products only."""
+    reductions = [value for argument, value in _arguments(func._schema, args, kwargs) if argument.name == "reduce"]
+    return not reductions or reductions == ["prod"]
 
 
 class Exposure(TorchFunctionMode):

@@ -35,6 +35,19 @@ def test_the_results_in_the_repository_are_as_expected():
     assert report.complaints(results) == []
 
 
+def run_program(program):
+    """In a process of its own, because torch's tests change its settings."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def found(verdict, *, samples=report.SAMPLES):
     outcome = {"operator": "sin", "check": "reverse", "dtype": "float64", "passed": 1, "refused": 0, "failed": 0}
     outcome |= {verdict: 1, "message": "WrongError: output"}
@@ -83,8 +96,23 @@ def test_what_is_not_tried_has_a_reason(known):
     assert not exceptions.skipped("cos", "reverse", "float64")
 
 
+def test_the_oracle_is_the_derivative_that_finite_differences_agree_with():
+    program = """
+import torch
+from conformance import oracle, samples
+for call in samples.calls(samples.OPERATORS["scatter_reduce.prod"], torch.float64, 2, derivatives=True):
+    torchs = oracle.Differentiable(call)
+    assert oracle._distance(torchs._dual(), torchs._differences()) > 1  # torch's forward mode is wrong
+    assert oracle._distance(torchs.forward(), torchs._differences()) < 1e-6
+for call in samples.calls(samples.OPERATORS["as_strided_scatter"], torch.float64, 2, derivatives=True):
+    torchs = oracle.Differentiable(call)
+    assert oracle._distance(torchs._double_backward(), torchs._differences()) > 0.1  # and here its backward
+    assert oracle._distance(torchs.forward(), torchs._differences()) < 1e-6
+"""
+    run_program(program)
+
+
 def test_checks_can_fail():
-    """In a process of its own, because torch's tests change its settings."""
     program = """
 import jax, torch
 jax.config.update("jax_enable_x64", True)
@@ -94,12 +122,4 @@ checks.torch2jax = lambda fn: __import__("pytorch2jax").torch2jax(lambda x: fn(x
 failed = {o.check for o in worker.check_operator("sin", 1) if o.failed}
 assert failed >= {"forward", "reverse", "forward mode", "second order", "vmap", "vmap of gradients"}, failed
 """
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_program(program)

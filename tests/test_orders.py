@@ -91,6 +91,33 @@ def test_hessian(problem):
     np.testing.assert_allclose(hessian @ v.ravel(), expected.ravel(), rtol=2e-6, atol=2e-7)
 
 
+_SQUARE = torch.linspace(0.3, 0.9, 9, dtype=torch.float64).reshape(3, 3) + torch.eye(3, dtype=torch.float64)
+_TARGETS = torch.tensor([[0, 1, 0], [1, 0, 0], [0, 1, 1]])
+
+
+@pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated")
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.triangular_solve(x.flip(0), x).solution,
+        lambda x: torch.cholesky_inverse(x.tril()),
+        lambda x: torch.ones_like(x).scatter_reduce(0, _TARGETS, x, "prod", include_self=False),
+        lambda x: (2 * x).scatter_reduce(0, _TARGETS, x, "prod"),
+        lambda x: (2 * x).scatter_reduce_(0, _TARGETS, x, reduce="prod"),
+    ],
+    ids=["triangular_solve", "cholesky_inverse", "scatter_reduce", "scatter_reduce with self", "scatter_reduce_"],
+)
+def test_operators_for_which_torchs_forward_mode_is_wrong(function):
+    f, x = torch2jax(lambda x: (function(x) ** 3).sum()), jnp.asarray(_SQUARE.numpy())
+    v = jnp.cos(1.0 + jnp.arange(9.0)).reshape(3, 3)
+    for inner in (forward, reverse):
+        assert_derivative(inner(f, v), f, x, v)
+        for outer in (forward, reverse):
+            assert_derivative(outer(inner(f, v), v), inner(f, v), x, v)
+    batched = jax.vmap(jax.hessian(f))(jnp.stack([x, 2 * x]))
+    np.testing.assert_allclose(batched[1], jax.jacrev(jax.jacrev(f))(2 * x), rtol=1e-8, atol=1e-9)
+
+
 def test_vmap_of_hessian_is_a_hessian_for_each():
     _, jax_fn, inputs = next(c for c in CASES if c.name == "encoder").build()
     (x,) = arrays(inputs)
