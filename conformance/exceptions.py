@@ -79,12 +79,6 @@ KNOWN = (
         ("linalg.norm.subgradients_at_zero", "masked.logaddexp"),
         _SECOND,
     ),
-    Known(
-        "failed",
-        "The function asks its inputs whether they require a gradient, which torch.vmap denies, and then has none.",
-        ("nn.functional.linear_cross_entropy.chunked",),
-        ("vmap of gradients",),
-    ),
 )
 
 

@@ -201,7 +201,7 @@ class BoundFunction(RootProgram):
                 self.inferred = infer(self.name, call, self._tensor_specs, values, self._what.device, around)
         self._out_dtypes = tuple(dtype_j2t(spec.dtype) for spec in self.inferred.specs)
         self._needs_grad = self.inferred.needs_grad
-        self.forward_mode_errs = self.inferred.forward_mode_errs
+        self.forward_mode_errs, self.asks = self.inferred.forward_mode_errs, self.inferred.asks
         self.shares_tensors = self.inferred.certain and not (self.inferred.marks or self.inferred.retains)
         n_own = len(self._own)
         kept = range(n_own, len(self._tensor_specs)) if self.inferred.retains else ()

@@ -56,8 +56,9 @@ class Inferred(NamedTuple):
     certain: whether every call does the same, as far as one can know: False where values decide.
     retains: whether the function keeps its arguments after the call.
     forward_mode_errs: whether torch's forward mode is wrong for it, without an error: because grad mode is turned off
-        inside, which forward mode ignores, or because of an operator.
+        inside, which forward mode ignores, because of `asks`, or because of an operator.
     marks: whether it does something to tensors as objects: their flags, their gradients, what they point to.
+    asks: whether it wants to know of tensors whether they require a gradient, which forward mode and `torch.vmap` deny.
     n_operators: how many operators it runs.
     maker: which of them makes the output, where that is one tensor.
     """
@@ -74,6 +75,7 @@ class Inferred(NamedTuple):
     retains: bool = False
     forward_mode_errs: bool = False
     marks: bool = True
+    asks: bool = False
     n_operators: int = sys.maxsize
     maker: Maker | None = None
 
@@ -171,7 +173,8 @@ def _infer_fake(
 
 def _noticed(inferred: Inferred, tracker: Tracker, exposure: Exposure) -> Inferred:
     """What those that watched a run say about derivatives, and about tensors as objects."""
-    return inferred._replace(forward_mode_errs=exposure.cuts or tracker.has_wrong_tangents, marks=exposure.marks)
+    errs = exposure.cuts or exposure.asks or tracker.has_wrong_tangents
+    return inferred._replace(forward_mode_errs=errs, marks=exposure.marks, asks=exposure.asks)
 
 
 def _check_foreign(name: str, around: Surroundings, tracker: Tracker) -> None:

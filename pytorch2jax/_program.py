@@ -218,7 +218,7 @@ class Program(abc.ABC):
                 continue
             if failures:
                 self._style = index
-                self._tell_about_loop(styles[index], failures[0])
+                self._tell_about_loop(styles[index].batching, _first_line(failures[0]))
             return result
         raise self._failure(failures)
 
@@ -248,7 +248,7 @@ class Program(abc.ABC):
         chain = list(self.chain())
         forward_mode = any(p.forward_mode for p in chain)
         batches = any(p.batches for p in chain)
-        wanted = self.root.batching if batches else None
+        wanted = self._wanted_batching() if batches else None
         return [
             style if wanted is None else style._replace(batching=wanted)
             for style in _LADDER
@@ -258,11 +258,20 @@ class Program(abc.ABC):
             and (style.fused or self.order or batches)
         ]
 
-    def _tell_about_loop(self, style: Style, reason: Exception) -> None:
-        if style.batching in (Batching.FALLBACK, Batching.LOOP) and self.root.first_time("loop"):
+    def _wanted_batching(self) -> Batching | None:
+        """How batches have to be evaluated, if it is not for torch to say."""
+        if self.root.batching is None and self.root.asks and self.order:
+            self._tell_about_loop(
+                Batching.LOOP, "it asks whether a tensor requires a gradient, which torch.vmap denies"
+            )
+            return Batching.LOOP
+        return self.root.batching
+
+    def _tell_about_loop(self, batching: Batching, reason: str) -> None:
+        if batching in (Batching.FALLBACK, Batching.LOOP) and self.root.first_time("loop"):
             warnings.warn(
-                f"jax.vmap of {self.root.name}: torch.vmap cannot batch it ({_first_line(reason)}). What runs "
-                f"instead: {style.batching.value}. The results are right; large batches are slow.",
+                f"jax.vmap of {self.root.name}: torch.vmap cannot batch it ({reason}). What runs "
+                f"instead: {batching.value}. The results are right; large batches are slow.",
                 LoopWarning,
                 stacklevel=2,
             )
@@ -289,6 +298,7 @@ class RootProgram(Program):
     device: torch.device = torch.device("cpu")  # where the arrays are expected
     vmap_randomness: str = "same"
     forward_mode_errs: bool = False  # torch's forward mode is wrong for it, without an error
+    asks: bool = False  # whether tensors require a gradient, which torch.vmap denies
     shares_tensors: bool = False  # does nothing to its input tensors, as objects, that would outlast a call
     state: TorchState  # what surrounds each call
     batching: Batching | None = None  # how the user wants batches evaluated

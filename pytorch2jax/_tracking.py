@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import gc
+import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from types import FrameType
@@ -223,13 +224,23 @@ def _is_wrong_in_forward_mode(func: Any, args: Any, kwargs: Any) -> bool:
     return not reductions or reductions == ["prod"]
 
 
+# What it does inside is not shown to modes: it asks where it computes in chunks, and adds up the losses. Not every
+# version of torch has it.
+_CHUNKED_LOSS = getattr(torch.nn.functional, "linear_cross_entropy", None)
+
+
 class Exposure(TorchFunctionMode):
     """Notices what operators do not show.
 
     happened: memory is handed to code that torch cannot watch.
     cuts: grad mode is turned off.
     marks: something is done to tensors as objects: their flags, their gradients, what they point to.
+    asks: somebody wants to know whether a tensor requires a gradient.
     """
+
+    _ASKING = vars(torch._C.TensorBase)["requires_grad"].__get__
+    # These ask whether they may take kernels without a backward, and give the same numbers in any case.
+    _HARMLESS = (torch.nn.modules.activation.__file__, torch.nn.modules.transformer.__file__)
 
     _EXPOSING = frozenset({torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.data_ptr, torch.Tensor.__dlpack__})
     _MARKING = frozenset(
@@ -251,6 +262,7 @@ class Exposure(TorchFunctionMode):
         self.happened = False
         self.cuts = False
         self.marks = False
+        self.asks = False
         self._out: set[int] = set()
 
     def outputs_among(self, tensors: Sequence[torch.Tensor]) -> frozenset[int]:
@@ -262,6 +274,10 @@ class Exposure(TorchFunctionMode):
             self.happened = True
         if func in self._MARKING:
             self.marks = True
+        if func == self._ASKING and sys._getframe(1).f_code.co_filename not in self._HARMLESS:
+            self.asks = True
+        if func is _CHUNKED_LOSS and kwargs and kwargs.get("options") and kwargs.get("reduction") != "none":
+            self.asks = True
         if is_turning_grad_off(func, args):
             self.cuts = True
         if kwargs and "out" in kwargs:

@@ -108,3 +108,55 @@ def test_vmap_with_an_axis_name_and_a_collective():
     f = torch2jax(lambda x: x * 2)
     out = jax.vmap(lambda x: jax.lax.psum(f(x), "batch"), axis_name="batch")(jnp.arange(4.0))
     np.testing.assert_array_equal(out, [12.0] * 4)
+
+
+def _asks(x):
+    """As functions do that compute a gradient of their own ahead of time, or save memory."""
+    return (x**3).sum() if x.requires_grad else (x.detach() ** 3).sum()
+
+
+def test_a_function_that_asks_for_requires_grad_has_all_its_derivatives():
+    """`torch.vmap` and torch's forward mode say no."""
+    counter = Counter(_asks)
+    f, x = torch2jax(counter), jnp.arange(1.0, 7.0).reshape(2, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LoopWarning)
+        np.testing.assert_allclose(jax.vmap(f)(x), (x**3).sum(1))  # no derivative, no loop
+        np.testing.assert_allclose(jax.jvp(f, (x[0],), (x[0],))[1], 3 * (x[0] ** 3).sum())
+    assert counter.runs <= 3
+    with pytest.warns(LoopWarning, match="asks whether a tensor requires a gradient, which torch.vmap denies"):
+        np.testing.assert_allclose(jax.vmap(jax.grad(f))(x), 3 * x**2)
+    for way in (lambda g: g, jax.jit):
+        np.testing.assert_allclose(way(jax.vmap(jax.grad(f)))(x), 3 * x**2)
+        np.testing.assert_allclose(way(jax.grad(lambda x: jax.vmap(f)(x).sum()))(x), 3 * x**2)
+        np.testing.assert_allclose(way(jax.vmap(jax.jacfwd(f)))(x), 3 * x**2)
+        np.testing.assert_allclose(way(jax.vmap(jax.hessian(f)))(x), [jnp.diag(6 * row) for row in x])
+
+
+def test_a_module_that_asks_for_requires_grad_has_gradients_for_each_example():
+    class Asks(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) if self.weight.requires_grad else super().forward(x).detach()
+
+    apply, params = convert_pytnn_to_jax(Asks(3, 2).double())
+    x = jnp.arange(12.0).reshape(4, 3)
+    with pytest.warns(LoopWarning):
+        gradient = jax.vmap(jax.grad(lambda p, x: apply(p, x).sum()), in_axes=(None, 0))(params, x)
+    np.testing.assert_allclose(gradient["weight"], jnp.stack([x, x], 1))
+
+
+def test_modules_of_torchs_own_that_ask_for_a_fast_path_are_batched():
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).double().eval()
+    apply, params = convert_pytnn_to_jax(layer)
+    x = jnp.cos(jnp.arange(96.0)).reshape(3, 1, 4, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LoopWarning)
+        batched = jax.vmap(jax.grad(lambda x: (apply(params, x) ** 2).sum()))(x)
+    np.testing.assert_allclose(batched[1], jax.grad(lambda x: (apply(params, x) ** 2).sum())(x[1]), rtol=1e-7)
+
+
+def test_a_declared_way_to_batch_stays():
+    f, x = torch2jax(_asks, vmap_method="sequential"), jnp.arange(1.0, 7.0).reshape(2, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LoopWarning)
+        np.testing.assert_allclose(jax.vmap(jax.grad(f))(x), 3 * x**2)
