@@ -1,0 +1,98 @@
+"""The wheel: what is in it, and that it works where there is no source tree."""
+
+from __future__ import annotations
+
+import importlib.util
+import pathlib
+import subprocess
+import sys
+import sysconfig
+import zipfile
+
+import pytest
+
+import pytorch2jax
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+PROGRAM = """
+import pathlib, sys
+import equinox, flax.linen, jax, jax.numpy as jnp, torch
+from flax import nnx
+import pytorch2jax
+from pytorch2jax import (
+    convert_pytnn_to_equinox, convert_pytnn_to_flax, convert_pytnn_to_jax, convert_pytnn_to_nnx, params_to_state_dict
+)
+
+assert pathlib.Path(pytorch2jax.__file__).is_relative_to(sys.prefix), pytorch2jax.__file__
+model, x = torch.nn.Linear(3, 2), jnp.arange(6.0).reshape(2, 3)
+apply, params = convert_pytnn_to_jax(model)
+expected = apply(params, x)
+grads = jax.jit(jax.grad(lambda p: apply(p, x).sum()))(params)
+assert jnp.allclose(grads["weight"], x.sum(0)), grads
+Linear, variables = convert_pytnn_to_flax(model)
+others = [
+    Linear().apply(Linear().init(jax.random.key(0), x), x),
+    convert_pytnn_to_nnx(model)(x),
+    convert_pytnn_to_equinox(model)(x),
+]
+assert all(jnp.allclose(other, expected) for other in others)
+assert set(params_to_state_dict(model, params)) == {"weight", "bias"}
+print(pytorch2jax.__version__)
+"""
+
+
+def run(*command, **options):
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def builder(folder):
+    """An interpreter that has the build backend: this one, or one in an environment of its own."""
+    if importlib.util.find_spec("hatchling"):
+        return sys.executable
+    run(sys.executable, "-m", "venv", folder)
+    python = folder / "bin" / "python"
+    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "hatchling>=1.26"]
+    done = subprocess.run(install, capture_output=True, text=True, timeout=120, check=False)
+    if done.returncode:
+        pytest.skip(f"hatchling cannot be had: {done.stderr[-300:]}")
+    return python
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    python = builder(folder / "builder")
+    run(python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, ROOT)
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+def test_what_is_in_the_wheel(wheel):
+    assert wheel.name == f"pytorch2jax-{pytorch2jax.__version__}-py3-none-any.whl"
+    names = set(zipfile.ZipFile(wheel).namelist())
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "pytorch2jax").rglob("*.py")}
+    metadata = f"pytorch2jax-{pytorch2jax.__version__}.dist-info"
+    assert {"pytorch2jax/flax/_linen.py", "pytorch2jax/equinox/__init__.py"} <= modules
+    assert names == {
+        *modules,
+        "pytorch2jax/py.typed",
+        *(f"{metadata}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE")),
+    }
+
+
+def test_the_wheel_works_without_the_source_tree(wheel, tmp_path):
+    """In an empty environment, which finds the wheel's dependencies, and nothing else, in this one's folder."""
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "env")
+    python = tmp_path / "env" / "bin" / "python"
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel)
+    (packages,) = (tmp_path / "env").glob("lib/*/site-packages")
+    # A folder that a .pth file names is searched. Such files in it, as of an editable install, do nothing.
+    dependencies = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    (packages / "dependencies.pth").write_text("\n".join(dependencies))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "program.py").write_text(PROGRAM)
+    out = run(python, "-I", "-W", "ignore", tmp_path / "program.py", cwd=tmp_path / "elsewhere")
+    assert out.split()[-1] == pytorch2jax.__version__
