@@ -182,6 +182,62 @@ def test_private_names_live_in_one_file(path):
     assert not [m for m in imported(path) if PRIVATE.match(m)]
 
 
+# What runs code that is hidden in data, or made of text, and what opens files that may hold such data.
+_RUNNING = {"eval", "exec", "compile", "__import__", "execfile"}
+_UNPICKLING = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "runpy"}
+_LOADING = {"load", "loads", "Unpickler", "load_state_dict_from_url", "fromfile", "loadtxt", "memmap", "read_pickle"}
+
+
+def hazards(source):
+    """Where a program runs text, imports a module that unpickles, or loads a file."""
+    tree, found = ast.parse(source), []
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+            names = [alias.name for alias in node.names]
+            modules = {name.split(".")[0] for name in ([module] if module else names)}
+            found += sorted(modules & _UNPICKLING)
+            found += sorted(set(names) & _LOADING) if module else []
+        elif isinstance(node, ast.Name) and node.id in _RUNNING:
+            found.append(node.id)
+        elif isinstance(node, ast.Attribute) and node.attr in _LOADING:
+            found.append(ast.unparse(node))
+        elif isinstance(node, ast.keyword) and node.arg in ("allow_pickle", "weights_only"):
+            found.append(node.arg)
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.stem)
+def test_nothing_unpickles_or_runs_text(path):
+    assert hazards(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "import marshal as m",
+        "from pickle import loads",
+        "torch.load(file)",
+        "f = torch.load",
+        "from torch import load",
+        "np.load(file, allow_pickle=True)",
+        "torch.jit.load(file)",
+        "eval(text)",
+        "exec(text)",
+        "run = eval",
+        "__import__(name)",
+        "torch.hub.load(name)",
+    ],
+)
+def test_what_unpickles_or_runs_text_is_found(source):
+    assert hazards(source)
+
+
+def test_other_names_are_no_hazard():
+    assert hazards("import json\nmodel.eval()\nre.compile(text)\nmodel.load_state_dict(weights)") == []
+
+
 # -- lifetime ----------------------------------------------------------------------------------------------
 
 
