@@ -45,17 +45,23 @@ def lower_on_host(context: Any, *operands: Any, program: Program) -> Any:
     """
     call = _HostCall(program)
     function = call if not program.is_large(_TEAM_BYTES) else lambda *at: on_one_team(functools.partial(call, *at))
-    # XLA leaves out calls without results, and nobody would notice that they are none because of the values that the
-    # function was tried on.
-    has_side_effect = program.draws_from_torch or not any(math.prod(spec.shape) for spec in program.out_specs)
     return lower_host_call(
         context,
         *operands,
         function=function,
         blank=call.blank,
-        has_side_effect=has_side_effect,
+        has_side_effect=_has_to_run(program),
         keeper=program.kept_by(),
     )
+
+
+def _has_to_run(program: Program) -> bool:
+    """Whether XLA may not leave a call out whose results nobody uses, or that has none.
+
+    Of results without elements nobody would notice that they are none because of the values that the function was tried
+    on.
+    """
+    return program.draws_from_torch or not any(math.prod(spec.shape) for spec in program.out_specs)
 
 
 _TEAM_BYTES = 1 << 16  # less is not worth a second thread to torch
@@ -120,7 +126,7 @@ class _HostCall:
 def call_in_xla(program: Program, *arrays: Any) -> tuple[Any, ...]:
     """The implementation for CUDA, to be lowered: the same through `jax.experimental.buffer_callback`."""
     results = tuple(jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in program.out_specs)
-    callback = buffer_callback(_device_call(program), results, has_side_effect=program.draws_from_torch)
+    callback = buffer_callback(_device_call(program), results, has_side_effect=_has_to_run(program))
     return tuple(callback(*arrays))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import threading
 import weakref
@@ -13,7 +14,17 @@ import pytest
 import torch
 from jax.experimental.layout import Format, Layout
 
-from pytorch2jax import TorchCallError, _bound, _buffers, _eager, _ffi, convert_pytnn_to_jax, torch2jax, use_tape
+from pytorch2jax import (
+    TorchCallError,
+    _bound,
+    _bridge,
+    _buffers,
+    _eager,
+    _ffi,
+    convert_pytnn_to_jax,
+    torch2jax,
+    use_tape,
+)
 from pytorch2jax._program import Program
 
 SMALL, LARGE = jnp.linspace(0.0, 1.0, 6).reshape(2, 3), jnp.linspace(0.0, 1.0, 640_000).reshape(800, 800)
@@ -480,3 +491,15 @@ def test_attributes_of_tensors_do_not_outlast_a_call():
     f = jax.jit(torch2jax(fn))
     for _ in range(3):
         np.testing.assert_array_equal(f(SMALL), 2 * SMALL)
+
+
+def test_the_call_on_cuda_is_not_left_out_either_if_its_results_are_empty():
+    """Compiled here, not run: nobody would notice that the results are empty because of values."""
+
+    def lowered(f, x):
+        (call,) = jax.make_jaxpr(f)(x).eqns
+        return jax.jit(functools.partial(_bridge.call_in_xla, call.params["program"])).lower(x).as_text()
+
+    empty, full = torch2jax(lambda x: x[:0]), torch2jax(lambda x: x * 2)
+    assert "has_side_effect = true" in lowered(empty, SMALL)
+    assert "has_side_effect = true" not in lowered(full, SMALL)
