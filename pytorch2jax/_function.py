@@ -136,4 +136,6 @@ def _device(arrays: Sequence[Any]) -> torch.device:
     for array in arrays:
         if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
             return torch_device(array)
-    return torch.device("cpu" if jax.default_backend() == "cpu" else "cuda")
+    default: Any = jax.config.jax_default_device  # type: ignore[attr-defined]
+    platform = getattr(default, "platform", default) or jax.default_backend()
+    return torch.device("cpu" if platform == "cpu" else "cuda")

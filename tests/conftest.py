@@ -1,6 +1,11 @@
-"""Fixtures: 64-bit JAX by default, because torch is the oracle in float64; `x32` turns it off for a test."""
+"""Fixtures: 64-bit JAX by default, because torch is the oracle in float64; `x32` turns it off for a test.
+
+The tests run on JAX's default device. `PYTORCH2JAX_TEST_DEVICE=cuda` (or `cpu`) chooses one: no device, no tests.
+"""
 
 from __future__ import annotations
+
+import os
 
 import jax
 import pytest
@@ -12,7 +17,18 @@ from pytorch2jax._tape import TAPE
 # Files whose tests are about derivatives: each test runs with the tape and without it.
 BOTH_WAYS = ("test_transforms", "test_orders", "test_batching", "test_control_flow", "test_models", "test_random")
 
+_PLATFORMS = {"cpu": "cpu", "cuda": "cuda,cpu"}
+_DEVICE = os.environ.get("PYTORCH2JAX_TEST_DEVICE")
+
 jax.config.update("jax_enable_x64", True)
+if _DEVICE is not None:
+    jax.config.update("jax_platforms", _PLATFORMS[_DEVICE])
+    if _DEVICE == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("PYTORCH2JAX_TEST_DEVICE=cuda: torch finds no CUDA device")
+
+
+def pytest_report_header():
+    return f"on {_DEVICE or 'the default device'} (PYTORCH2JAX_TEST_DEVICE)"
 
 
 @pytest.fixture

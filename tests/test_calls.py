@@ -21,6 +21,7 @@ from pytorch2jax import (
     _buffers,
     _eager,
     _ffi,
+    _function,
     convert_pytnn_to_jax,
     torch2jax,
     use_tape,
@@ -491,6 +492,14 @@ def test_attributes_of_tensors_do_not_outlast_a_call():
     f = jax.jit(torch2jax(fn))
     for _ in range(3):
         np.testing.assert_array_equal(f(SMALL), 2 * SMALL)
+
+
+def test_a_default_device_says_where_a_call_without_arrays_runs(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert _function._device([]).type == "cuda"
+    for host in (jax.devices("cpu")[0], "cpu"):
+        with jax.default_device(host):
+            assert _function._device([]).type == "cpu"
 
 
 def test_the_call_on_cuda_is_not_left_out_either_if_its_results_are_empty():
