@@ -7,7 +7,7 @@ BENCH_VENV := .venv-bench
 BENCH_STAMP := $(BENCH_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env test stress endurance conformance lint format demo bench clean
+.PHONY: help env test stress endurance conformance versions lint format demo bench clean
 
 help: ## Show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -34,6 +34,9 @@ endurance: $(STAMP) ## Look for growth over a hundred thousand calls and a thous
 conformance: $(STAMP) ## Compare torch's own database of operators with torch (half an hour)
 	$(BIN)/python -m conformance.run $(CONFORMANCE_ARGS)
 
+versions: ## Run the tests on the lowest declared versions and on the newest ones; builds two more environments
+	$(PYTHON) scripts/versions.py $(VERSIONS_ARGS)
+
 lint: $(STAMP) ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -58,4 +61,4 @@ $(BENCH_STAMP): pyproject.toml constraints.txt benchmarks/requirements.txt
 	touch $(BENCH_STAMP)
 
 clean: ## Remove the environment and everything generated
-	rm -rf $(VENV) $(BENCH_VENV) demo-output build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH_VENV) .venv-lowest .venv-newest demo-output build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
