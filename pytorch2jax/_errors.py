@@ -54,6 +54,10 @@ class RandomnessError(Pytorch2JaxError, ValueError):
     """A model draws random numbers and got no key, or got something that is no key."""
 
 
+class CaptureError(Pytorch2JaxError, RuntimeError):
+    """A torch function cannot be translated to JAX (`backend="xla"`); the message says at which line of it."""
+
+
 class StateError(Pytorch2JaxError, ValueError):
     """A forward pass changes state that the caller did not ask to get back."""
 
@@ -84,3 +88,7 @@ class NestingError(Pytorch2JaxError, RuntimeError):
 
 class LoopWarning(UserWarning):
     """`jax.vmap` runs a torch function once for each example because `torch.vmap` cannot batch it."""
+
+
+class BridgedWarning(UserWarning):
+    """Operators without a JAX function run in torch, inside a program that is otherwise translated to JAX."""

@@ -26,6 +26,7 @@ from pytorch2jax._transfer import torch_device
 
 _KEPT_PROGRAMS = 256
 _NO_OPTIONS = Options()
+_TRACED = torch.device("cpu")  # where torch code is written down, on whatever device it runs as JAX code
 
 
 class TorchFunction:
@@ -89,7 +90,8 @@ class TorchFunction:
         avals = tuple([x.aval if isinstance(x, jax.Array) else spec_of(x) for x in arrays])
         note_team_size()
         state = capture_torch_state()
-        around = (arguments.key, variant, output_key, x64_enabled(), state, _device(arrays))
+        device = _device(arrays) if self.options.backend == "torch" else _TRACED
+        around = (arguments.key, variant, output_key, x64_enabled(), state, device)
         program = self._recent.get((around, avals))
         if program is None:
             program = self._find(around, arrays, len(own), arguments, output_shapes)

@@ -1,0 +1,86 @@
+"""Private and version-dependent names of torch that capturing needs."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.autograd.function import Function
+
+__all__ = ["HigherOrderOperator", "OpOverload"]
+
+aten = torch.ops.aten
+
+
+def decomposition(operator: OpOverload) -> Callable[..., Any] | None:
+    """The operator in terms of others, or None."""
+    found = _decompositions().get(operator)
+    if found is not None:
+        return found
+    if operator.namespace == "prims":
+        return getattr(operator, "impl_aten", None)
+    if operator._can_decompose():
+        return operator.decompose
+    return None
+
+
+@functools.cache
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    from torch._decomp import decomposition_table  # half a second: only when it is needed
+
+    import torch._refs  # noqa: F401  # which fills it
+
+    return decomposition_table
+
+
+@functools.cache
+def functional_variant(operator: OpOverload) -> tuple[OpOverload, bool] | None:
+    """The operator that returns what this one writes, and whether it takes the written arguments, too.
+
+    `add_` has `add`, which takes all its arguments; `add.out` has `add.Tensor`, which does without `out`.
+    """
+    namespace, name = operator._schema.name.split("::")
+    packets = getattr(torch.ops, namespace)
+    if name.endswith("_") and not name.endswith("__"):
+        for candidate in (name[:-1], f"{name[:-1]}_functional"):
+            packet = getattr(packets, candidate, None)
+            if packet is not None and operator._overloadname in packet.overloads():
+                return getattr(packet, operator._overloadname), True
+        return None
+    written = [a.name for a in operator._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    if not all(a.kwarg_only for a in operator._schema.arguments if a.name in written):
+        return None
+    wanted = [(a.name, str(a.type)) for a in operator._schema.arguments if a.name not in written]
+    packet = getattr(packets, name)
+    for overload in packet.overloads():
+        candidate = getattr(packet, overload)
+        if [(a.name, str(a.type)) for a in candidate._schema.arguments] == wanted:
+            return candidate, False
+    return None
+
+
+_PATCH = threading.Lock()
+
+
+@contextlib.contextmanager
+def custom_functions(call: Callable[..., Any]) -> Iterator[None]:
+    """`torch.autograd.Function`: in this thread, `F.apply(*args)` is `call(apply, F, *args)`, with the real `apply`."""
+    thread = threading.get_ident()
+    original = Function.__dict__["apply"].__func__
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return original(cls, *args, **kwargs)
+        return call(functools.partial(original, cls), cls, *args, **kwargs)
+
+    with _PATCH:
+        Function.apply = classmethod(apply)
+        try:
+            yield
+        finally:
+            Function.apply = classmethod(original)

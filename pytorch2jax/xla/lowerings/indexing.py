@@ -1,0 +1,3 @@
+"""Picking elements by indices, and writing to them."""
+
+from __future__ import annotations

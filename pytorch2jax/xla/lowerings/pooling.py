@@ -1,0 +1,3 @@
+"""Pooling, and resampling of images."""
+
+from __future__ import annotations

@@ -1,0 +1,3 @@
+"""Random numbers, from a JAX key."""
+
+from __future__ import annotations
