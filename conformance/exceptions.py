@@ -6,7 +6,11 @@ fail: `report.complaints` says where it is not so.
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
+
+BACKEND = os.environ.get("PYTORCH2JAX_CONFORMANCE_BACKEND", "torch")
+"""Which engine is checked."""
 
 
 class Known(NamedTuple):
@@ -38,7 +42,7 @@ class Known(NamedTuple):
 
 _SECOND = ("second order",)
 
-KNOWN = (
+_TORCH = (
     Known(
         "refused",
         "The shape of the output depends on values, which is found out at run time.",
@@ -93,6 +97,11 @@ KNOWN = (
         ("vmap of gradients",),
     ),
 )
+
+
+_XLA: tuple[Known, ...] = ()
+
+KNOWN = _XLA if BACKEND == "xla" else _TORCH
 
 
 def reasons(operator: str, check: str, dtype: str) -> list[Known]:

@@ -38,6 +38,10 @@ class DeviceError(Pytorch2JaxError, ValueError):
     """An array lies on a device, or on several devices, where torch cannot read it."""
 
 
+class ExportError(Pytorch2JaxError, ValueError):
+    """A program that calls torch was to be saved, or to run where torch is not."""
+
+
 class ForkError(Pytorch2JaxError, RuntimeError):
     """A call in a process that was forked from one in which JAX was running, where JAX would hang."""
 

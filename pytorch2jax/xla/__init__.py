@@ -5,7 +5,8 @@ Nothing here is called by name: `torch2jax` and the converters come here for `ba
 
 from pytorch2jax.xla import lowerings as _lowerings  # the rules register themselves
 from pytorch2jax.xla._call import xla_call
+from pytorch2jax.xla._symbolic import bind_symbolic
 
-__all__ = ["xla_call"]
+__all__ = ["bind_symbolic", "xla_call"]
 
 del _lowerings

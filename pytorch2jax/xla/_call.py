@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import jax
 
 from pytorch2jax._bound import BoundFunction
+from pytorch2jax._errors import BridgedWarning
+from pytorch2jax.xla._bridged import Bridged
 from pytorch2jax.xla._capture import capture
 from pytorch2jax.xla._graph import Graph
 from pytorch2jax.xla._interpret import constant, evaluate
+from pytorch2jax.xla._symbolic import Unifier
 
 _TRANSLATED: weakref.WeakKeyDictionary[BoundFunction, Callable[..., list[Any]]] = weakref.WeakKeyDictionary()
 
@@ -32,12 +36,16 @@ def xla_call(program: BoundFunction, *arrays: Any) -> list[Any]:
 
 def graph_of(program: BoundFunction) -> Graph:
     """The graph of a program, captured anew."""
+    if program.at_sizes is not None:
+        symbols, programs = program.at_sizes
+        return Unifier(program.name, symbols).graph([graph_of(p) for p in programs])
     with program.session():
         return capture(program.name, program.outputs_of, program.tensor_inputs())
 
 
 def _translated(program: BoundFunction) -> Callable[..., list[Any]]:
     graph = graph_of(program)
+    _tell_about_bridged(program, graph)
     first, held = program.held_inputs()
     values = list(map(constant, held))
 
@@ -46,6 +54,17 @@ def _translated(program: BoundFunction) -> Callable[..., list[Any]]:
 
     call.__name__ = call.__qualname__ = program.name
     return jax.jit(call)
+
+
+def _tell_about_bridged(program: BoundFunction, graph: Graph) -> None:
+    names = sorted({str(e.operator) for e in graph.equations if isinstance(e.operator, Bridged)})
+    if names and program.first_time("bridged"):
+        warnings.warn(
+            f"{program.name}: operators without a JAX function, which torch runs inside the compiled program: "
+            f"{', '.join(names)}. The results are right; such a program cannot be exported or run on a TPU.",
+            BridgedWarning,
+            stacklevel=2,
+        )
 
 
 def _key(seed: jax.Array) -> jax.Array:

@@ -130,6 +130,7 @@ class Access:
     """
 
     def __init__(self, whole: Geometry, part: Geometry) -> None:
+        self._key = type(self), whole, part
         self._part = part
         self._order = whole.in_memory_order()
         self._shape = tuple(whole.shape[i] for i in self._order)
@@ -137,6 +138,12 @@ class Access:
         found = (_part_of(base, part) for base in candidates if base is not None)
         self._slices = next((p for p in found if p is not None), None)
         self._axes = [i for i, n in enumerate(part.shape) if n != 1]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Access) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
 
     def _memory(self, whole: jax.Array) -> jax.Array:
         base = (-1,) if self._slices is None else self._slices.base

@@ -2,19 +2,314 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jax.scipy.special as jsp
+import numpy as np
 from jax import lax
 
 from pytorch2jax.xla._registry import Out, lowers
+from pytorch2jax.xla.lowerings._promotion import category, result_type
+
+# -- one argument, computed in the dtype of the result -------------------------------------------------------
+
+
+def _trunc(x: jax.Array) -> jax.Array:
+    return x if category(x.dtype) <= 1 else lax.select(x < 0, lax.ceil(x), lax.floor(x))
+
+
+def _round(x: jax.Array) -> jax.Array:
+    return x if category(x.dtype) <= 1 else lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
+
+
+def _whole_as_is(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    return lambda x: x if category(x.dtype) <= 1 else function(x)
+
+
+def _frac(x: jax.Array) -> jax.Array:
+    return x - _trunc(x)
+
+
+def _rsqrt(x: jax.Array) -> jax.Array:
+    return 1 / jnp.sqrt(x) if category(x.dtype) == 3 else lax.rsqrt(x)
+
+
+def _reciprocal(x: jax.Array) -> jax.Array:
+    return 1 / x
+
+
+def _log1p(x: jax.Array) -> jax.Array:
+    return jnp.log1p(x)
+
+
+def _sgn(x: jax.Array) -> jax.Array:
+    if category(x.dtype) == 3:
+        size = jnp.abs(x)
+        return jnp.where(size == 0, 0, x / jnp.where(size == 0, 1, size))
+    return _sign(x)
+
+
+def _sign(x: jax.Array) -> jax.Array:
+    if category(x.dtype) == 0:
+        return x
+    # Torch has 0 for NaN, and for -0.0.
+    return (x > 0).astype(x.dtype) - (x < 0).astype(x.dtype)
+
+
+def _sinc(x: jax.Array) -> jax.Array:
+    return jnp.sinc(x)
+
+
+def _silu(x: jax.Array) -> jax.Array:
+    return x * jax.nn.sigmoid(x)
+
+
+def _erfinv(x: jax.Array) -> jax.Array:
+    return lax.erf_inv(x)
+
+
+_UNARY: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "abs": jnp.abs,
+    "acos": jnp.arccos,
+    "acosh": jnp.arccosh,
+    "angle": jnp.angle,
+    "asin": jnp.arcsin,
+    "asinh": jnp.arcsinh,
+    "atan": jnp.arctan,
+    "atanh": jnp.arctanh,
+    "ceil": _whole_as_is(jnp.ceil),
+    "cos": jnp.cos,
+    "cosh": jnp.cosh,
+    "digamma": jsp.digamma,
+    "erf": lax.erf,
+    "erfc": lax.erfc,
+    "erfinv": _erfinv,
+    "exp": jnp.exp,
+    "exp2": jnp.exp2,
+    "expm1": jnp.expm1,
+    "floor": _whole_as_is(jnp.floor),
+    "frac": _frac,
+    "lgamma": jsp.gammaln,
+    "log": jnp.log,
+    "log10": jnp.log10,
+    "log1p": _log1p,
+    "log2": jnp.log2,
+    "neg": jnp.negative,
+    "reciprocal": _reciprocal,
+    "round": _round,
+    "rsqrt": _rsqrt,
+    "sgn": _sgn,
+    "sigmoid": jax.nn.sigmoid,
+    "sign": _sign,
+    "silu": _silu,
+    "sin": jnp.sin,
+    "sinc": _sinc,
+    "sinh": jnp.sinh,
+    "special_i0e": jsp.i0e,
+    "special_i1": jsp.i1,
+    "special_i1e": jsp.i1e,
+    "special_ndtri": jsp.ndtri,
+    "i0": jsp.i0,
+    "sqrt": jnp.sqrt,
+    "tan": jnp.tan,
+    "tanh": jnp.tanh,
+    "trunc": _trunc,
+}
+
+
+def _in_dtype_of_result(function: Callable[[jax.Array], jax.Array]) -> Callable[..., jax.Array]:
+    def rule(x: jax.Array, *, out: Out) -> jax.Array:
+        # The absolute value and the angle of complex numbers are real, and computed of the complex ones.
+        return function(x if category(x.dtype) == 3 else x.astype(out.dtype))
+
+    return rule
+
+
+for _name, _function in _UNARY.items():
+    lowers(f"aten.{_name}.default")(_in_dtype_of_result(_function))
+
+
+@lowers("aten.positive.default")
+def positive(x: jax.Array) -> jax.Array:
+    return x
+
+
+@lowers("aten.round.decimals")
+def round_decimals(x: jax.Array, *, decimals: int) -> jax.Array:
+    if category(x.dtype) <= 1:
+        return x
+    factor = 10.0 ** abs(decimals)
+    return _round(x * factor) / factor if decimals >= 0 else _round(x / factor) * factor
+
+
+@lowers("aten.logit.default")
+def logit(x: jax.Array, eps: float | None = None, *, out: Out) -> jax.Array:
+    x = x.astype(out.dtype)
+    if eps is not None:
+        x = jnp.clip(x, eps, 1 - eps)
+    return jnp.log(x / (1 - x))
+
+
+@lowers("aten.polygamma.default")
+def polygamma(n: int, x: jax.Array, *, out: Out) -> jax.Array:
+    x = x.astype(out.dtype)
+    return jsp.digamma(x) if n == 0 else jsp.polygamma(n, x)
+
+
+@lowers("aten.nan_to_num.default")
+def nan_to_num(x: jax.Array, nan: float | None = None, posinf: float | None = None, neginf: float | None = None) -> Any:
+    return x if category(x.dtype) <= 1 else jnp.nan_to_num(x, nan=nan or 0.0, posinf=posinf, neginf=neginf)
+
+
+@lowers("aten.conj_physical.default", "aten._conj.default", "aten._conj_physical.default", "aten._conj_copy.default")
+def conj(x: jax.Array) -> jax.Array:
+    return jnp.conj(x)
+
+
+@lowers("aten._neg_view.default", "aten._neg_view_copy.default")
+def neg_view(x: jax.Array) -> jax.Array:
+    return -x
+
+
+# -- tests ----------------------------------------------------------------------------------------------------
+
+
+@lowers("aten.isnan.default")
+def isnan(x: jax.Array) -> jax.Array:
+    return jnp.isnan(x)
+
+
+@lowers("aten.isinf.default")
+def isinf(x: jax.Array) -> jax.Array:
+    return jnp.isinf(x)
+
+
+@lowers("aten.isfinite.default")
+def isfinite(x: jax.Array) -> jax.Array:
+    return jnp.isfinite(x)
+
+
+@lowers("aten.isposinf.default")
+def isposinf(x: jax.Array) -> jax.Array:
+    return jnp.zeros(x.shape, bool) if category(x.dtype) <= 1 else jnp.isposinf(x)
+
+
+@lowers("aten.isneginf.default")
+def isneginf(x: jax.Array) -> jax.Array:
+    return jnp.zeros(x.shape, bool) if category(x.dtype) <= 1 else jnp.isneginf(x)
+
+
+@lowers("aten.signbit.default")
+def signbit(x: jax.Array) -> jax.Array:
+    return jnp.signbit(x) if category(x.dtype) == 2 else x < 0
+
+
+_COMPARISONS: dict[str, Callable[[Any, Any], jax.Array]] = {
+    "eq": jnp.equal,
+    "ne": jnp.not_equal,
+    "lt": jnp.less,
+    "le": jnp.less_equal,
+    "gt": jnp.greater,
+    "ge": jnp.greater_equal,
+}
+
+
+def _in_common_dtype(function: Callable[[Any, Any], jax.Array]) -> Callable[..., jax.Array]:
+    def rule(x: Any, y: Any) -> jax.Array:
+        dtype = result_type(x, y)
+        return function(jnp.asarray(x, dtype), jnp.asarray(y, dtype))
+
+    return rule
+
+
+for _name, _comparison in _COMPARISONS.items():
+    lowers(f"aten.{_name}.Tensor", f"aten.{_name}.Scalar")(_in_common_dtype(_comparison))
+
+
+# -- logic and bits -------------------------------------------------------------------------------------------
+
+
+@lowers("aten.logical_not.default")
+def logical_not(x: jax.Array) -> jax.Array:
+    return jnp.logical_not(x)
+
+
+@lowers("aten.logical_and.default")
+def logical_and(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.logical_and(x, y)
+
+
+@lowers("aten.logical_or.default")
+def logical_or(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.logical_or(x, y)
+
+
+@lowers("aten.logical_xor.default")
+def logical_xor(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.logical_xor(x, y)
+
+
+@lowers("aten.bitwise_not.default")
+def bitwise_not(x: jax.Array) -> jax.Array:
+    return jnp.bitwise_not(x)
+
+
+def _bits(name: str, function: Callable[[Any, Any], jax.Array]) -> None:
+    @lowers(f"aten.{name}.Tensor", f"aten.{name}.Scalar", f"aten.{name}.Scalar_Tensor")
+    def rule(x: Any, y: Any, *, out: Out) -> jax.Array:
+        return function(jnp.asarray(x, out.dtype), jnp.asarray(y, out.dtype))
+
+
+_bits("bitwise_and", jnp.bitwise_and)
+_bits("bitwise_or", jnp.bitwise_or)
+_bits("bitwise_xor", jnp.bitwise_xor)
+
+
+def _shift_left(x: jax.Array, y: jax.Array) -> jax.Array:
+    bits = x.dtype.itemsize * 8
+    return jnp.where((y < 0) | (y >= bits), 0, jnp.left_shift(x, jnp.clip(y, 0, bits - 1)))
+
+
+def _shift_right(x: jax.Array, y: jax.Array) -> jax.Array:
+    bits = x.dtype.itemsize * 8
+    return jnp.right_shift(x, jnp.where((y < 0) | (y >= bits), bits - 1, y))
+
+
+for _names, _shift in (
+    (("bitwise_left_shift", "__lshift__"), _shift_left),
+    (("bitwise_right_shift", "__rshift__"), _shift_right),
+):
+
+    def _shifted(x: Any, y: Any, *, out: Out, _shift: Callable[[Any, Any], jax.Array] = _shift) -> jax.Array:
+        return _shift(jnp.asarray(x, out.dtype), jnp.asarray(y, out.dtype))
+
+    lowers(f"aten.{_names[0]}.Tensor", f"aten.{_names[0]}.Tensor_Scalar", f"aten.{_names[0]}.Scalar_Tensor")(_shifted)
+    lowers(f"aten.{_names[1]}.Tensor", f"aten.{_names[1]}.Scalar")(_shifted)
+
+
+# -- arithmetic -----------------------------------------------------------------------------------------------
 
 
 @lowers("aten.add.Tensor", "aten.add.Scalar")
 def add(x: Any, y: Any, alpha: Any = 1, *, out: Out) -> jax.Array:
     x, y = jnp.asarray(x, out.dtype), jnp.asarray(y, out.dtype)
-    return jnp.logical_or(x, y) if out.dtype == jnp.bool_ else x + (y if alpha == 1 else alpha * y)
+    return x + (y if alpha == 1 else jnp.asarray(alpha, out.dtype) * y)
+
+
+@lowers("aten.sub.Tensor", "aten.sub.Scalar")
+def sub(x: Any, y: Any, alpha: Any = 1, *, out: Out) -> jax.Array:
+    x, y = jnp.asarray(x, out.dtype), jnp.asarray(y, out.dtype)
+    return x - (y if alpha == 1 else jnp.asarray(alpha, out.dtype) * y)
+
+
+@lowers("aten.rsub.Tensor", "aten.rsub.Scalar")
+def rsub(x: Any, y: Any, alpha: Any = 1, *, out: Out) -> jax.Array:
+    return sub(y, x, alpha, out=out)
 
 
 @lowers("aten.mul.Tensor", "aten.mul.Scalar")
@@ -22,9 +317,191 @@ def mul(x: Any, y: Any, *, out: Out) -> jax.Array:
     return jnp.asarray(x, out.dtype) * jnp.asarray(y, out.dtype)
 
 
-@lowers("aten.sin.default")
-def sin(x: jax.Array, *, out: Out) -> jax.Array:
-    return jnp.sin(x.astype(out.dtype))
+@lowers("aten.div.Tensor", "aten.div.Scalar", "aten.true_divide.Tensor")
+def div(x: Any, y: Any, *, out: Out) -> jax.Array:
+    return jnp.asarray(x, out.dtype) / jnp.asarray(y, out.dtype)
+
+
+@lowers("aten.div.Tensor_mode", "aten.div.Scalar_mode")
+def div_mode(x: Any, y: Any, *, rounding_mode: str | None, out: Out) -> jax.Array:
+    x, y = jnp.asarray(x, out.dtype), jnp.asarray(y, out.dtype)
+    if rounding_mode is None:
+        return x / y
+    if rounding_mode == "floor":
+        return _floor_divide(x, y)
+    return lax.div(*jnp.broadcast_arrays(x, y)) if category(out.dtype) <= 1 else _trunc(x / y)
+
+
+def _floor_divide(x: jax.Array, y: jax.Array) -> jax.Array:
+    if category(x.dtype) <= 1:
+        return jnp.floor_divide(x, y)
+    x, y = lax.stop_gradient(x), lax.stop_gradient(y)
+    # As torch computes it: from the remainder, so that rounding does not lift it to the next whole number.
+    remainder = lax.rem(*jnp.broadcast_arrays(x, y))
+    quotient = (x - remainder) / y
+    quotient = jnp.where((remainder != 0) & ((y < 0) != (remainder < 0)), quotient - 1, quotient)
+    whole = jnp.floor(quotient)
+    whole = jnp.where(quotient - whole > 0.5, whole + 1, whole)
+    whole = jnp.where(quotient == 0, jnp.copysign(jnp.zeros_like(quotient), x / y), whole)
+    return jnp.where(y == 0, x / y, whole)
+
+
+@lowers("aten.floor_divide.default", "aten.floor_divide.Scalar")
+def floor_divide(x: Any, y: Any, *, out: Out) -> jax.Array:
+    return _floor_divide(jnp.asarray(x, out.dtype), jnp.asarray(y, out.dtype))
+
+
+@lowers("aten.remainder.Tensor", "aten.remainder.Scalar", "aten.remainder.Scalar_Tensor")
+def remainder(x: Any, y: Any, *, out: Out) -> jax.Array:
+    x, y = jnp.broadcast_arrays(jnp.asarray(x, out.dtype), jnp.asarray(y, out.dtype))
+    rest = lax.rem(x, y)
+    return jnp.where((rest != 0) & ((rest < 0) != (y < 0)), rest + y, rest)
+
+
+@lowers("aten.fmod.Tensor", "aten.fmod.Scalar")
+def fmod(x: Any, y: Any, *, out: Out) -> jax.Array:
+    return lax.rem(*jnp.broadcast_arrays(jnp.asarray(x, out.dtype), jnp.asarray(y, out.dtype)))
+
+
+@lowers("aten.pow.Tensor_Tensor", "aten.pow.Tensor_Scalar", "aten.pow.Scalar")
+def pow_(x: Any, y: Any, *, out: Out) -> jax.Array:
+    if isinstance(y, (int, float)) and not isinstance(x, (int, float)):
+        x = x.astype(out.dtype)
+        if float(y).is_integer() and abs(y) <= 64 and (y >= 0 or category(out.dtype) >= 2):
+            return lax.integer_pow(x, int(y))
+        if y == 0.5 and category(out.dtype) >= 2:
+            return jnp.sqrt(x)
+    return jnp.power(jnp.asarray(x, out.dtype), jnp.asarray(y, out.dtype))
+
+
+@lowers("aten.atan2.default")
+def atan2(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
+    return jnp.arctan2(x.astype(out.dtype), y.astype(out.dtype))
+
+
+@lowers("aten.hypot.default")
+def hypot(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
+    return jnp.hypot(x.astype(out.dtype), y.astype(out.dtype))
+
+
+@lowers("aten.copysign.Tensor", "aten.copysign.Scalar")
+def copysign(x: jax.Array, y: Any, *, out: Out) -> jax.Array:
+    return jnp.copysign(x.astype(out.dtype), jnp.asarray(y, out.dtype))
+
+
+@lowers("aten.maximum.default")
+def maximum(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
+    return jnp.maximum(x.astype(out.dtype), y.astype(out.dtype))
+
+
+@lowers("aten.minimum.default")
+def minimum(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
+    return jnp.minimum(x.astype(out.dtype), y.astype(out.dtype))
+
+
+@lowers("aten.fmax.default")
+def fmax(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
+    return jnp.fmax(x.astype(out.dtype), y.astype(out.dtype))
+
+
+@lowers("aten.fmin.default")
+def fmin(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
+    return jnp.fmin(x.astype(out.dtype), y.astype(out.dtype))
+
+
+@lowers("aten.gcd.default")
+def gcd(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
+    return jnp.gcd(x.astype(out.dtype), y.astype(out.dtype))
+
+
+@lowers("aten.nextafter.default")
+def nextafter(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
+    return jnp.nextafter(x.astype(out.dtype), y.astype(out.dtype))
+
+
+@lowers("aten.heaviside.default")
+def heaviside(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.where(x == 0, y, (x > 0).astype(y.dtype))
+
+
+@lowers("aten.xlogy.Tensor", "aten.xlogy.Scalar_Self", "aten.xlogy.Scalar_Other")
+def xlogy(x: Any, y: Any, *, out: Out) -> jax.Array:
+    x, y = jnp.asarray(x, out.dtype), jnp.asarray(y, out.dtype)
+    return x * jnp.log(jnp.where((x == 0) & ((y <= 0) | jnp.isinf(y)), 1, y))
+
+
+@lowers("aten.logaddexp.default")
+def logaddexp(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
+    return jnp.logaddexp(x.astype(out.dtype), y.astype(out.dtype))
+
+
+@lowers("aten.logaddexp2.default")
+def logaddexp2(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
+    return jnp.logaddexp2(x.astype(out.dtype), y.astype(out.dtype))
+
+
+@lowers("aten.lerp.Scalar", "aten.lerp.Tensor")
+def lerp(x: jax.Array, y: jax.Array, weight: Any, *, out: Out) -> jax.Array:
+    weight = jnp.asarray(weight, out.dtype)
+    near = jnp.abs(weight) < 0.5
+    return jnp.where(near, x + weight * (y - x), y - (y - x) * (1 - weight))
+
+
+@lowers("aten.addcmul.default")
+def addcmul(x: jax.Array, y: jax.Array, z: jax.Array, *, value: Any = 1, out: Out) -> jax.Array:
+    return x.astype(out.dtype) + jnp.asarray(value, out.dtype) * y.astype(out.dtype) * z.astype(out.dtype)
+
+
+@lowers("aten.addcdiv.default")
+def addcdiv(x: jax.Array, y: jax.Array, z: jax.Array, *, value: Any = 1, out: Out) -> jax.Array:
+    return x.astype(out.dtype) + jnp.asarray(value, out.dtype) * (y.astype(out.dtype) / z.astype(out.dtype))
+
+
+# -- choice ---------------------------------------------------------------------------------------------------
+
+
+@lowers("aten.where.self", "aten.where.Scalar", "aten.where.ScalarSelf", "aten.where.ScalarOther")
+def where(condition: jax.Array, x: Any, y: Any, *, out: Out) -> jax.Array:
+    return jnp.where(condition.astype(bool), jnp.asarray(x, out.dtype), jnp.asarray(y, out.dtype))
+
+
+@lowers("aten.clamp.default", "aten.clamp.Tensor")
+def clamp(x: jax.Array, min: Any = None, max: Any = None, *, out: Out) -> jax.Array:  # noqa: A002
+    # At the ends the derivative is that of `x`, all of it.
+    x = x.astype(out.dtype)
+    for bound, beyond in ((min, jnp.less), (max, jnp.greater)):
+        if bound is not None:
+            bound = jnp.asarray(bound, out.dtype)
+            x = jnp.where(beyond(x, bound) | (bound != bound), bound, x)
+    return x
+
+
+@lowers("aten.clamp_min.default", "aten.clamp_min.Tensor")
+def clamp_min(x: jax.Array, min: Any, *, out: Out) -> jax.Array:  # noqa: A002
+    return clamp(x, min, out=out)
+
+
+@lowers("aten.clamp_max.default", "aten.clamp_max.Tensor")
+def clamp_max(x: jax.Array, max: Any, *, out: Out) -> jax.Array:  # noqa: A002
+    return clamp(x, None, max, out=out)
+
+
+@lowers("aten.masked_fill.Scalar", "aten.masked_fill.Tensor")
+def masked_fill(x: jax.Array, mask: jax.Array, value: Any) -> jax.Array:
+    return jnp.where(mask, jnp.asarray(value, x.dtype), x)
+
+
+@lowers("aten.threshold.default")
+def threshold(x: jax.Array, threshold: Any, value: Any) -> jax.Array:
+    return jnp.where(x <= threshold, jnp.asarray(value, x.dtype), x)
+
+
+@lowers("aten.copy.default")
+def copy(x: jax.Array, source: jax.Array, non_blocking: bool = False) -> jax.Array:
+    return jnp.broadcast_to(source.astype(x.dtype), x.shape)
+
+
+# -- activations ----------------------------------------------------------------------------------------------
 
 
 @lowers("aten.relu.default")
@@ -32,6 +509,109 @@ def relu(x: jax.Array) -> jax.Array:
     return jax.nn.relu(x)
 
 
-@lowers("aten.detach.default")
-def detach(x: jax.Array) -> jax.Array:
-    return lax.stop_gradient(x)
+@lowers("aten.hardtanh.default")
+def hardtanh(x: jax.Array, min_val: Any = -1, max_val: Any = 1) -> jax.Array:
+    return _between(x, min_val, max_val)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _between(x: jax.Array, low: Any, high: Any) -> jax.Array:
+    """`x` cut off at both ends, with torch's derivative there: none."""
+    return jnp.minimum(jnp.maximum(x, jnp.asarray(low, x.dtype)), jnp.asarray(high, x.dtype))
+
+
+@_between.defjvp
+def _(low: Any, high: Any, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    (x,), (tangent,) = primals, tangents
+    return _between(x, low, high), jnp.where((x > low) & (x < high), tangent, 0)
+
+
+@lowers("aten.leaky_relu.default")
+def leaky_relu(x: jax.Array, negative_slope: Any = 0.01) -> jax.Array:
+    return jnp.where(x > 0, x, x * jnp.asarray(negative_slope, x.dtype))
+
+
+@lowers("aten._prelu_kernel.default")
+def prelu(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return jnp.where(x > 0, x, x * weight)
+
+
+@lowers("aten.elu.default")
+def elu(x: jax.Array, alpha: Any = 1, scale: Any = 1, input_scale: Any = 1) -> jax.Array:
+    safe = jnp.where(x > 0, 0, x)
+    return jnp.where(x > 0, x * scale, scale * alpha * jnp.expm1(safe * input_scale)).astype(x.dtype)
+
+
+@lowers("aten.gelu.default")
+def gelu(x: jax.Array, *, approximate: str = "none") -> jax.Array:
+    if approximate == "tanh":
+        return jax.nn.gelu(x, approximate=True)
+    return x * 0.5 * (1 + lax.erf(x * jnp.asarray(math.sqrt(0.5), x.dtype)))
+
+
+@lowers("aten.softplus.default")
+def softplus(x: jax.Array, beta: Any = 1, threshold: Any = 20) -> jax.Array:
+    scaled = x * beta
+    linear = scaled > threshold
+    return jnp.where(linear, x, jnp.log1p(jnp.exp(jnp.where(linear, 0, scaled))) / beta)
+
+
+@lowers("aten.log_sigmoid_forward.default")
+def log_sigmoid(x: jax.Array, *, out: Sequence[Out]) -> tuple[jax.Array, jax.Array]:
+    return jax.nn.log_sigmoid(x), jnp.zeros(out[1].shape, out[1].dtype)
+
+
+@lowers("aten.hardsigmoid.default")
+def hardsigmoid(x: jax.Array) -> jax.Array:
+    return _between(x + 3, 0, 6) / 6
+
+
+@lowers("aten.hardswish.default")
+def hardswish(x: jax.Array) -> jax.Array:
+    return jnp.where(x < -3, 0, jnp.where(x <= 3, x * (x + 3) / 6, x)).astype(x.dtype)
+
+
+@lowers("aten.mish.default")
+def mish(x: jax.Array) -> jax.Array:
+    return x * jnp.tanh(jax.nn.softplus(x))
+
+
+@lowers("aten.glu.default")
+def glu(x: jax.Array, dim: int = -1) -> jax.Array:
+    left, right = jnp.split(x, 2, axis=dim)
+    return left * jax.nn.sigmoid(right)
+
+
+@lowers("aten.hardshrink.default")
+def hardshrink(x: jax.Array, lambd: Any = 0.5) -> jax.Array:
+    return jnp.where((x >= -lambd) & (x <= lambd), 0, x)
+
+
+@lowers("aten.softshrink.default")
+def softshrink(x: jax.Array, lambd: Any = 0.5) -> jax.Array:
+    return jnp.where(x > lambd, x - lambd, jnp.where(x < -lambd, x + lambd, x * 0))
+
+
+# -- complex numbers and dtypes -------------------------------------------------------------------------------
+
+
+@lowers("aten.complex.default")
+def complex_(real: jax.Array, imag: jax.Array) -> jax.Array:
+    return lax.complex(*jnp.broadcast_arrays(real, imag))
+
+
+@lowers("aten.polar.default")
+def polar(size: jax.Array, angle: jax.Array) -> jax.Array:
+    return lax.complex(*jnp.broadcast_arrays(size * jnp.cos(angle), size * jnp.sin(angle)))
+
+
+@lowers("aten._to_copy.default")
+def to_copy(x: jax.Array, *, dtype: Any = None, out: Out) -> jax.Array:
+    return cast(x, out.dtype)
+
+
+def cast(x: jax.Array, dtype: np.dtype[Any]) -> jax.Array:
+    """The values in another dtype: complex numbers lose their imaginary part, other numbers their fractions."""
+    if category(x.dtype) == 3 and category(dtype) != 3:
+        x = x != 0 if category(dtype) == 0 else jnp.real(x)
+    return x.astype(dtype)
