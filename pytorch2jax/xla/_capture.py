@@ -226,7 +226,7 @@ class Recorder(TorchDispatchMode):
                 value = value.to(tensor.dtype)
             if value.shape != tensor.shape:
                 if tensor.numel() == 0:  # an `out=` that is made as large as it has to be
-                    self._moved(tensor, lambda: tensor.resize_(value.shape))
+                    self._unseen(tensor.resize_, value.shape)
                 else:
                     value = value.expand(tensor.shape)
         old, var = self.var_of(tensor), self.var_of(value)
@@ -243,15 +243,6 @@ class Recorder(TorchDispatchMode):
                 'Use `backend="torch"`, which runs it as it is.'
             )
         self._note(tensor, var, storage)
-
-    def _moved(self, tensor: torch.Tensor, move: Callable[[], Any]) -> Any:
-        """Have only shape and strides of a tensor changed."""
-        self._asleep = True
-        try:
-            out = move()
-        finally:
-            self._asleep = False
-        return out
 
     def _opaque(self, func: OpOverload, args: Any, kwargs: Any, written: list[torch.Tensor]) -> Any:
         """An operator of somebody else's that writes to its arguments."""
@@ -325,6 +316,8 @@ class Recorder(TorchDispatchMode):
             inner[i] = self._anew(args[i])
         primals = [self.take(inner[i]) for i in where]
         leaves = [inner[i].requires_grad_() for i in active]
+        for i in active:  # a view, because torch itself refuses writes to a leaf
+            inner[i] = self._unseen(inner[i].view_as, inner[i])
         out = apply(*inner, **kwargs)
         tensors = [o for o in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(o, torch.Tensor)]
         outputs = tuple(self.var_of(o) for o in tensors)
@@ -357,10 +350,16 @@ class Recorder(TorchDispatchMode):
 
     def _anew(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor like this one that shares nothing with it, made by no operator."""
+        with torch.no_grad():
+            return self._unseen(
+                torch.empty_strided, tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+            )
+
+    def _unseen(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a function of torch's that is not to be written down."""
         self._asleep = True
         try:
-            with torch.no_grad():
-                return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+            return function(*args, **kwargs)
         finally:
             self._asleep = False
 

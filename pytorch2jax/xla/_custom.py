@@ -12,6 +12,7 @@ from pytorch2jax._dtypes import canonical_dtype_t2j
 
 from pytorch2jax.xla._graph import Equation, Var, variables
 from pytorch2jax.xla._interpret import run
+from pytorch2jax.xla._linearity import is_linear
 
 
 class CustomGradient:
@@ -96,17 +97,9 @@ class CustomGradient:
         return call(primals, around, key)
 
     def _pulls_linearly(self, primals: Any, around: Any, key: Any) -> bool:
-        def push(primals: Any, around: Any, key: Any) -> Any:
-            outputs, kept = self._run(primals, around, key)
-            transposed = jax.linear_transpose(lambda *c: self._pull_active(kept, c), *self._cotangents_of(outputs))
-            return transposed(tuple(primals[i] for i in self._active))
-
         if self._linear is None:
-            try:
-                jax.eval_shape(push, primals, around, key)
-                self._linear = True
-            except Exception:  # JAX has several for this
-                self._linear = False
+            outputs, kept = jax.eval_shape(self._run, primals, around, key)
+            self._linear = is_linear(self._pull_active, kept, self._cotangents_of(outputs))
         return self._linear
 
     def _cotangents_of(self, outputs: Any) -> list[Any]:

@@ -38,12 +38,17 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
     return decomposition_table
 
 
+_NAMED_OTHERWISE = {aten.bernoulli_.float: aten.bernoulli.p}
+
+
 @functools.cache
 def functional_variant(operator: OpOverload) -> tuple[OpOverload, bool] | None:
     """The operator that returns what this one writes, and whether it takes the written arguments, too.
 
     `add_` has `add`, which takes all its arguments; `add.out` has `add.Tensor`, which does without `out`.
     """
+    if operator in _NAMED_OTHERWISE:
+        return _NAMED_OTHERWISE[operator], True
     namespace, name = operator._schema.name.split("::")
     packets = getattr(torch.ops, namespace)
     if name.endswith("_") and not name.endswith("__"):
