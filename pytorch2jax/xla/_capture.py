@@ -314,10 +314,10 @@ class Recorder(TorchDispatchMode):
         inner = list(args)
         for i in where:
             inner[i] = self._anew(args[i])
-        primals = [self.take(inner[i]) for i in where]
         leaves = [inner[i].requires_grad_() for i in active]
-        for i in active:  # a view, because torch itself refuses writes to a leaf
-            inner[i] = self._unseen(inner[i].view_as, inner[i])
+        for i in active:  # torch itself refuses writes to a leaf
+            inner[i] = self._unseen(inner[i].clone)
+        primals = [self.take(inner[i]) for i in where]
         out = apply(*inner, **kwargs)
         tensors = [o for o in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(o, torch.Tensor)]
         outputs = tuple(self.var_of(o) for o in tensors)

@@ -38,11 +38,15 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
     return decomposition_table
 
 
-_NAMED_OTHERWISE = {aten.bernoulli_.float: aten.bernoulli.p}
+def _bernoulli(x: torch.Tensor, p: float = 0.5, *, generator: Any = None) -> torch.Tensor:
+    return aten.bernoulli.p(x, p, generator=generator)
+
+
+_NAMED_OTHERWISE: dict[Any, Callable[..., Any]] = {aten.bernoulli_.float: _bernoulli}
 
 
 @functools.cache
-def functional_variant(operator: OpOverload) -> tuple[OpOverload, bool] | None:
+def functional_variant(operator: OpOverload) -> tuple[Callable[..., Any], bool] | None:
     """The operator that returns what this one writes, and whether it takes the written arguments, too.
 
     `add_` has `add`, which takes all its arguments; `add.out` has `add.Tensor`, which does without `out`.
