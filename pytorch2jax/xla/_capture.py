@@ -83,6 +83,7 @@ class Recorder(TorchDispatchMode):
         self._foreign: dict[int, torch.Tensor] = {}
         self._alive: list[torch.Tensor] = []  # so that nothing gets the address of something else
         self._n_draws = 0
+        self._apart: list[OpOverload] = []  # what is taken apart now: some operators have nothing but themselves inside
 
     # -- tensors and variables -------------------------------------------------------------------------------
 
@@ -166,11 +167,15 @@ class Recorder(TorchDispatchMode):
             return self._batch_norm(*args, **kwargs)
         if func._schema.is_mutable:
             return self._in_place(func, args, kwargs)
-        if rule_for(func) is None and not func.is_view:
+        if rule_for(func) is None and not func.is_view and func not in self._apart:
             whole = decomposition(func)
             if whole is not None:
-                with self:
-                    out = whole(*args, **kwargs)
+                self._apart.append(func)
+                try:
+                    with self:
+                        out = whole(*args, **kwargs)
+                finally:
+                    self._apart.pop()
                 if out is not NotImplemented:
                     return out
         return self._record(func, args, kwargs)

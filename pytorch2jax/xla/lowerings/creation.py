@@ -134,7 +134,7 @@ def bartlett_window(n: int, periodic: bool = True, *, dtype: Any = None, out: Ou
 
 
 @lowers("aten.kaiser_window.default", "aten.kaiser_window.periodic", "aten.kaiser_window.beta")
-def kaiser_window(
-    n: int, periodic: bool = True, beta: float = 12.0, *, dtype: Any = None, out: Out
-) -> jax.Array:
-    return jnp.asarray((np.kaiser(n + 1, beta)[:-1] if periodic else np.kaiser(n, beta)) if n > 1 else np.ones(n), out.dtype)
+def kaiser_window(n: int, periodic: bool = True, beta: float = 12.0, *, dtype: Any = None, out: Out) -> jax.Array:
+    return jnp.asarray(
+        (np.kaiser(n + 1, beta)[:-1] if periodic else np.kaiser(n, beta)) if n > 1 else np.ones(n), out.dtype
+    )

@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 
 from pytorch2jax.xla._registry import Out, lowers
+from pytorch2jax.xla.lowerings import _special as special
 from pytorch2jax.xla.lowerings._promotion import category, result_type
 
 # -- one argument, computed in the dtype of the result -------------------------------------------------------
@@ -74,7 +75,7 @@ def _erfinv(x: jax.Array) -> jax.Array:
 
 
 _UNARY: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "abs": jnp.abs,
+    "abs": special.absolute,
     "acos": jnp.arccos,
     "acosh": jnp.arccosh,
     "angle": jnp.angle,
@@ -85,7 +86,7 @@ _UNARY: dict[str, Callable[[jax.Array], jax.Array]] = {
     "ceil": _whole_as_is(jnp.ceil),
     "cos": jnp.cos,
     "cosh": jnp.cosh,
-    "digamma": jsp.digamma,
+    "digamma": special.digamma,
     "erf": lax.erf,
     "erfc": lax.erfc,
     "erfinv": _erfinv,
@@ -94,7 +95,7 @@ _UNARY: dict[str, Callable[[jax.Array], jax.Array]] = {
     "expm1": jnp.expm1,
     "floor": _whole_as_is(jnp.floor),
     "frac": _frac,
-    "lgamma": jsp.gammaln,
+    "lgamma": special.lgamma,
     "log": jnp.log,
     "log10": jnp.log10,
     "log1p": _log1p,
@@ -113,8 +114,11 @@ _UNARY: dict[str, Callable[[jax.Array], jax.Array]] = {
     "special_i0e": jsp.i0e,
     "special_i1": jsp.i1,
     "special_i1e": jsp.i1e,
+    "special_entr": jsp.entr,
+    "special_log_ndtr": jsp.log_ndtr,
+    "special_ndtr": jsp.ndtr,
     "special_ndtri": jsp.ndtri,
-    "i0": jsp.i0,
+    "i0": special.i0,
     "sqrt": jnp.sqrt,
     "tan": jnp.tan,
     "tanh": jnp.tanh,
@@ -151,14 +155,25 @@ def round_decimals(x: jax.Array, *, decimals: int) -> jax.Array:
 def logit(x: jax.Array, eps: float | None = None, *, out: Out) -> jax.Array:
     x = x.astype(out.dtype)
     if eps is not None:
-        x = jnp.clip(x, eps, 1 - eps)
+        x = clamp(x, eps, 1 - eps, out=out)
+    return _logit(x)
+
+
+@jax.custom_jvp
+def _logit(x: jax.Array) -> jax.Array:
+    """With torch's derivative beyond 0 and 1: NaN."""
     return jnp.log(x / (1 - x))
+
+
+@_logit.defjvp
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (x,), (tangent,) = primals, tangents
+    return _logit(x), tangent * jnp.where((x < 0) | (x > 1), jnp.nan, 1 / (x * (1 - x)))
 
 
 @lowers("aten.polygamma.default")
 def polygamma(n: int, x: jax.Array, *, out: Out) -> jax.Array:
-    x = x.astype(out.dtype)
-    return jsp.digamma(x) if n == 0 else jsp.polygamma(n, x)
+    return special.polygamma(n, x.astype(out.dtype))
 
 
 @lowers("aten.nan_to_num.default")
@@ -371,12 +386,49 @@ def pow_(x: Any, y: Any, *, out: Out) -> jax.Array:
             return lax.integer_pow(x, int(y))
         if y == 0.5 and category(out.dtype) >= 2:
             return jnp.sqrt(x)
-    return jnp.power(jnp.asarray(x, out.dtype), jnp.asarray(y, out.dtype))
+    x, y = jnp.asarray(x, out.dtype), jnp.asarray(y, out.dtype)
+    return _power_of_whole(x, y) if category(out.dtype) <= 1 else _power(*jnp.broadcast_arrays(x, y))
+
+
+@jax.custom_jvp
+def _power(x: jax.Array, y: jax.Array) -> jax.Array:
+    """With torch's derivatives of `0 ** y`, which are finite where `y` is not negative."""
+    return jnp.power(x, y)
+
+
+@_power.defjvp
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (x, y), (dx, dy) = primals, tangents
+    z = _power(x, y)
+    by_x = jnp.where(y == 0, 0, y * _power(x, jnp.where(y == 0, 1, y - 1)))
+    flat = (x == 0) & (jnp.real(y) >= 0)
+    by_y = jnp.where(flat, 0, z * jnp.log(jnp.where(flat, 1, x)))
+    return z, dx * by_x + dy * by_y
+
+
+def _power_of_whole(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Negative powers are cut off to whole numbers, which leaves those of 1 and of -1."""
+    inverse = jnp.where(x == 1, 1, jnp.where(x == -1, jnp.where(y % 2 == 0, 1, -1), 0))
+    return jnp.where(y < 0, inverse, jnp.power(x, jnp.maximum(y, 0))).astype(x.dtype)
 
 
 @lowers("aten.atan2.default")
 def atan2(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
-    return jnp.arctan2(x.astype(out.dtype), y.astype(out.dtype))
+    return _atan2(*jnp.broadcast_arrays(x.astype(out.dtype), y.astype(out.dtype)))
+
+
+@jax.custom_jvp
+def _atan2(x: jax.Array, y: jax.Array) -> jax.Array:
+    """With torch's derivative at the origin: 0."""
+    return lax.atan2(x, y)
+
+
+@_atan2.defjvp
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (x, y), (dx, dy) = primals, tangents
+    square = x * x + y * y
+    inverse = jnp.where(square == 0, 0, 1 / jnp.where(square == 0, 1, square))
+    return _atan2(x, y), (y * dx - x * dy) * inverse
 
 
 @lowers("aten.hypot.default")
@@ -386,7 +438,9 @@ def hypot(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
 
 @lowers("aten.copysign.Tensor", "aten.copysign.Scalar")
 def copysign(x: jax.Array, y: Any, *, out: Out) -> jax.Array:
-    return jnp.copysign(x.astype(out.dtype), jnp.asarray(y, out.dtype))
+    x = x.astype(out.dtype)
+    x = jnp.where(x == 0, lax.stop_gradient(x), x)  # torch has no derivative there
+    return jnp.copysign(x, lax.stop_gradient(jnp.asarray(y, out.dtype)))
 
 
 @lowers("aten.maximum.default")
@@ -401,12 +455,14 @@ def minimum(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
 
 @lowers("aten.fmax.default")
 def fmax(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
-    return jnp.fmax(x.astype(out.dtype), y.astype(out.dtype))
+    x, y = x.astype(out.dtype), y.astype(out.dtype)
+    return jnp.where((x >= y) | jnp.isnan(y), x, y)  # of equal ones the first, which has the derivative
 
 
 @lowers("aten.fmin.default")
 def fmin(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
-    return jnp.fmin(x.astype(out.dtype), y.astype(out.dtype))
+    x, y = x.astype(out.dtype), y.astype(out.dtype)
+    return jnp.where((x <= y) | jnp.isnan(y), x, y)
 
 
 @lowers("aten.gcd.default")
@@ -432,12 +488,33 @@ def xlogy(x: Any, y: Any, *, out: Out) -> jax.Array:
 
 @lowers("aten.logaddexp.default")
 def logaddexp(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
-    return jnp.logaddexp(x.astype(out.dtype), y.astype(out.dtype))
+    return special.logaddexp(*jnp.broadcast_arrays(x.astype(out.dtype), y.astype(out.dtype)))
 
 
 @lowers("aten.logaddexp2.default")
 def logaddexp2(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
-    return jnp.logaddexp2(x.astype(out.dtype), y.astype(out.dtype))
+    return special.logaddexp2(*jnp.broadcast_arrays(x.astype(out.dtype), y.astype(out.dtype)))
+
+
+@lowers("aten.special_xlog1py.default", "aten.special_xlog1py.other_scalar", "aten.special_xlog1py.self_scalar")
+def xlog1py(x: Any, y: Any, *, out: Out) -> jax.Array:
+    x, y = jnp.asarray(x, out.dtype), jnp.asarray(y, out.dtype)
+    return x * jnp.log1p(jnp.where((x == 0) & ((y <= -1) | jnp.isinf(y)), 0, y))
+
+
+@lowers("aten.special_zeta.default", "aten.special_zeta.other_scalar", "aten.special_zeta.self_scalar")
+def zeta(x: Any, q: Any, *, out: Out) -> jax.Array:
+    return special.zeta(jnp.asarray(x, out.dtype), jnp.asarray(q, out.dtype))
+
+
+@lowers("aten.igamma.default")
+def igamma(a: jax.Array, x: jax.Array, *, out: Out) -> jax.Array:
+    return jsp.gammainc(lax.stop_gradient(a.astype(out.dtype)), x.astype(out.dtype))
+
+
+@lowers("aten.igammac.default")
+def igammac(a: jax.Array, x: jax.Array, *, out: Out) -> jax.Array:
+    return jsp.gammaincc(lax.stop_gradient(a.astype(out.dtype)), x.astype(out.dtype))
 
 
 @lowers("aten.lerp.Scalar", "aten.lerp.Tensor")
@@ -466,7 +543,7 @@ def where(condition: jax.Array, x: Any, y: Any, *, out: Out) -> jax.Array:
 
 
 @lowers("aten.clamp.default", "aten.clamp.Tensor")
-def clamp(x: jax.Array, min: Any = None, max: Any = None, *, out: Out) -> jax.Array:  # noqa: A002
+def clamp(x: jax.Array, min: Any = None, max: Any = None, *, out: Out) -> jax.Array:
     # At the ends the derivative is that of `x`, all of it.
     x = x.astype(out.dtype)
     for bound, beyond in ((min, jnp.less), (max, jnp.greater)):
@@ -477,12 +554,12 @@ def clamp(x: jax.Array, min: Any = None, max: Any = None, *, out: Out) -> jax.Ar
 
 
 @lowers("aten.clamp_min.default", "aten.clamp_min.Tensor")
-def clamp_min(x: jax.Array, min: Any, *, out: Out) -> jax.Array:  # noqa: A002
+def clamp_min(x: jax.Array, min: Any, *, out: Out) -> jax.Array:
     return clamp(x, min, out=out)
 
 
 @lowers("aten.clamp_max.default", "aten.clamp_max.Tensor")
-def clamp_max(x: jax.Array, max: Any, *, out: Out) -> jax.Array:  # noqa: A002
+def clamp_max(x: jax.Array, max: Any, *, out: Out) -> jax.Array:
     return clamp(x, None, max, out=out)
 
 
@@ -542,6 +619,11 @@ def elu(x: jax.Array, alpha: Any = 1, scale: Any = 1, input_scale: Any = 1) -> j
     return jnp.where(x > 0, x * scale, scale * alpha * jnp.expm1(safe * input_scale)).astype(x.dtype)
 
 
+@lowers("aten.celu.default")
+def celu(x: jax.Array, alpha: Any = 1) -> jax.Array:
+    return elu(x, alpha, 1, 1 / alpha)
+
+
 @lowers("aten.gelu.default")
 def gelu(x: jax.Array, *, approximate: str = "none") -> jax.Array:
     if approximate == "tanh":
@@ -568,7 +650,9 @@ def hardsigmoid(x: jax.Array) -> jax.Array:
 
 @lowers("aten.hardswish.default")
 def hardswish(x: jax.Array) -> jax.Array:
-    return jnp.where(x < -3, 0, jnp.where(x <= 3, x * (x + 3) / 6, x)).astype(x.dtype)
+    curved = (x > -3) & (x < 3)
+    between = jnp.where(curved, x, 0)
+    return jnp.where(curved, between * (between + 3) / 6, jnp.where(x <= -3, jnp.zeros_like(x), x))
 
 
 @lowers("aten.mish.default")
@@ -614,4 +698,6 @@ def cast(x: jax.Array, dtype: np.dtype[Any]) -> jax.Array:
     """The values in another dtype: complex numbers lose their imaginary part, other numbers their fractions."""
     if category(x.dtype) == 3 and category(dtype) != 3:
         x = x != 0 if category(dtype) == 0 else jnp.real(x)
+    if category(x.dtype) == 2 and category(dtype) == 1 and dtype.itemsize < 4:
+        x = x.astype(np.int32)  # of what does not fit, torch keeps the last bits
     return x.astype(dtype)

@@ -12,6 +12,7 @@ from jax import lax
 
 from pytorch2jax.xla._registry import Out, lowers
 from pytorch2jax.xla.lowerings._promotion import category
+from pytorch2jax.xla.lowerings._special import absolute
 
 _NARROW = (np.dtype("float16"), np.dtype(jnp.bfloat16))
 
@@ -177,7 +178,7 @@ def var(x: jax.Array, dim: Any = None, *, correction: Any = None, keepdim: bool 
 
 @lowers("aten.std.correction")
 def std(x: jax.Array, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> jax.Array:
-    return jnp.sqrt(_variance(x, dim, correction, keepdim)[0])
+    return _root(_variance(x, dim, correction, keepdim)[0])
 
 
 @lowers("aten.var_mean.correction")
@@ -188,7 +189,13 @@ def var_mean(x: jax.Array, dim: Any = None, *, correction: Any = None, keepdim: 
 @lowers("aten.std_mean.correction")
 def std_mean(x: jax.Array, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> Any:
     variance, middle = _variance(x, dim, correction, keepdim)
-    return jnp.sqrt(variance), middle
+    return _root(variance), middle
+
+
+def _root(square: jax.Array) -> jax.Array:
+    """The square root, with torch's derivative at 0: none."""
+    zero = square == 0
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square)))
 
 
 @lowers("aten.logsumexp.default")
@@ -198,10 +205,11 @@ def logsumexp(x: jax.Array, dim: Sequence[int], keepdim: bool = False, *, out: O
 
 @lowers("aten.linalg_vector_norm.default")
 def vector_norm(
-    x: jax.Array, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, out: Out  # noqa: A002
+    x: jax.Array, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, out: Out
 ) -> jax.Array:
     dims = axes(x, dim)
-    size = precise(jnp.abs(x).astype(out.dtype))
+    x = precise(x if category(x.dtype) == 3 else x.astype(out.dtype))
+    size = precise(absolute(x).astype(out.dtype))
     if ord == 0:
         return jnp.sum((size != 0).astype(size.dtype), axis=dims, keepdims=keepdim)
     if ord == float("inf"):
@@ -211,12 +219,12 @@ def vector_norm(
     if ord == 1:
         return jnp.sum(size, axis=dims, keepdims=keepdim)
     if ord == 2:
-        squares = jnp.sum(jnp.real(x * jnp.conj(x)).astype(size.dtype), axis=dims, keepdims=keepdim)
-        zero = squares == 0  # where torch has a derivative: none
-        return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares)))
-    total = jnp.sum(size**ord, axis=dims, keepdims=keepdim)
-    zero = total == 0
-    return jnp.where(zero, 0, jnp.where(zero, 1, total) ** (1.0 / ord))
+        return _root(jnp.sum(jnp.real(x * jnp.conj(x)).astype(size.dtype), axis=dims, keepdims=keepdim))
+    none = size == 0  # where torch has no derivative
+    powers = jnp.where(none, 0 if ord > 0 else jnp.inf, jnp.where(none, 1, size) ** ord)
+    total = jnp.sum(powers, axis=dims, keepdims=keepdim)
+    none = total == 0
+    return jnp.where(none, 0 if ord > 0 else jnp.inf, jnp.where(none, 1, total) ** (1.0 / ord))
 
 
 # -- along an axis, step by step ------------------------------------------------------------------------------

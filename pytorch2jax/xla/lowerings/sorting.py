@@ -48,7 +48,7 @@ def argsort(x: jax.Array, *, stable: bool = True, dim: int = -1, descending: boo
 
 
 @lowers("aten.topk.default")
-def topk(x: jax.Array, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[jax.Array, jax.Array]:  # noqa: A002
+def topk(x: jax.Array, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[jax.Array, jax.Array]:
     if x.ndim == 0:
         return x, jnp.zeros((), np.int32)
     order = lax.slice_in_dim(_order(x, dim, largest), 0, k, axis=dim)
@@ -68,9 +68,14 @@ def _taken(values: jax.Array, order: jax.Array, k: int, dim: int, keepdim: bool)
     return value, index
 
 
-@lowers("aten.median.dim", "aten.nanmedian.dim")
+@lowers("aten.median.dim")
 def median_dim(x: jax.Array, dim: int, keepdim: bool = False) -> tuple[jax.Array, jax.Array]:
     return _median(x, dim, keepdim, skips_nan=False)
+
+
+@lowers("aten.nanmedian.dim")
+def nanmedian_dim(x: jax.Array, dim: int, keepdim: bool = False) -> tuple[jax.Array, jax.Array]:
+    return _median(x, dim, keepdim, skips_nan=True)
 
 
 def _median(x: jax.Array, dim: int, keepdim: bool, *, skips_nan: bool) -> tuple[jax.Array, jax.Array]:
@@ -81,10 +86,7 @@ def _median(x: jax.Array, dim: int, keepdim: bool, *, skips_nan: bool) -> tuple[
     nan = jnp.isnan(lax.stop_gradient(x)) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.zeros(x.shape, bool)
     n_nan = jnp.sum(nan, axis=dim, keepdims=True)
     n = x.shape[dim]
-    if skips_nan:
-        middle = jnp.maximum(n - n_nan - 1, 0) // 2
-    else:
-        middle = jnp.where(n_nan > 0, n - n_nan, (n - 1) // 2)
+    middle = jnp.maximum(n - n_nan - 1, 0) // 2 if skips_nan else jnp.where(n_nan > 0, n - n_nan, (n - 1) // 2)
     value, index = (jnp.take_along_axis(a, middle, axis=dim) for a in (values, order))
     return (value, index) if keepdim else (jnp.squeeze(value, dim), jnp.squeeze(index, dim))
 
@@ -104,14 +106,13 @@ def mode(x: jax.Array, dim: int = -1, keepdim: bool = False) -> tuple[jax.Array,
     """The smallest of the values that occur most often, and the last place where it is."""
     if x.ndim == 0:
         return x, jnp.zeros((), np.int32)
+    dim = dim % x.ndim
     values, order = _sorted(x, dim, False)
-    last = lax.stop_gradient(jnp.moveaxis(values, dim, -1))
-    counts = jnp.sum(last[..., :, None] == last[..., None, :], axis=-1)
-    best = jnp.argmax(counts, axis=-1, keepdims=True)
-    end = best + jnp.take_along_axis(counts, best, axis=-1) - 1
-    index = jnp.take_along_axis(jnp.moveaxis(order, dim, -1), end, axis=-1)
-    value = jnp.take_along_axis(jnp.moveaxis(x, dim, -1), index, axis=-1)
-    value, index = jnp.moveaxis(value, -1, dim), jnp.moveaxis(index, -1, dim)
+    places = lax.broadcasted_iota(np.int32, x.shape, dim)
+    before = jnp.roll(lax.stop_gradient(values), 1, dim)
+    starts = lax.cummax(jnp.where((places == 0) | (values != before), places, 0), axis=dim)
+    end = jnp.argmax(places - starts, axis=dim, keepdims=True)  # of the longest run of equal values
+    value, index = (jnp.take_along_axis(a, end, axis=dim) for a in (values, order))
     return (value, index) if keepdim else (jnp.squeeze(value, dim), jnp.squeeze(index, dim))
 
 
@@ -149,13 +150,13 @@ def isin(x: Any, among: Any, *, assume_unique: bool = False, invert: bool = Fals
 
 
 @lowers("aten.histc.default")
-def histc(x: jax.Array, bins: int = 100, min: Any = 0, max: Any = 0, *, out: Out) -> jax.Array:  # noqa: A002
+def histc(x: jax.Array, bins: int = 100, min: Any = 0, max: Any = 0, *, out: Out) -> jax.Array:
     x = lax.stop_gradient(x).reshape(-1)
     low, high = jnp.asarray(min, x.dtype), jnp.asarray(max, x.dtype)
     if min == max and x.size:
         low, high = jnp.min(x), jnp.max(x)
         low, high = jnp.where(low == high, low - 1, low), jnp.where(low == high, high + 1, high)
-    place = jnp.floor((x - low) / (high - low) * bins).astype(np.int32)
+    place = jnp.floor((x - low) * bins / (high - low)).astype(np.int32)
     place = jnp.where(x == high, bins - 1, place)
     inside = (x >= low) & (x <= high)
     return jnp.zeros(bins, out.dtype).at[jnp.where(inside, place, bins)].add(1, mode="drop")
