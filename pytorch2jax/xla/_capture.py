@@ -166,8 +166,9 @@ class Recorder(TorchDispatchMode):
             return self._batch_norm(*args, **kwargs)
         if func._schema.is_mutable:
             return self._in_place(func, args, kwargs)
-        if rule_for(func) is None and not func.is_view:
-            whole = decomposition(func)
+        if rule_for(func) is None and (not func.is_view or func._can_decompose()):
+            # Decompositions call functions such as `to`, which may be views and may be none, and arrive whole.
+            whole = func.decompose if func.is_view else decomposition(func)
             if whole is not None:
                 with self:
                     out = whole(*args, **kwargs)
