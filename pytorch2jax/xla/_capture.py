@@ -167,8 +167,10 @@ class Recorder(TorchDispatchMode):
             return self._batch_norm(*args, **kwargs)
         if func._schema.is_mutable:
             return self._in_place(func, args, kwargs)
-        if rule_for(func) is None and not func.is_view and func not in self._apart:
-            whole = decomposition(func)
+        composite = not func.is_view or func._can_decompose()
+        if rule_for(func) is None and composite and func not in self._apart:
+            # Decompositions call functions such as `to`, which may be views and may be none, and arrive whole.
+            whole = func.decompose if func.is_view else decomposition(func)
             if whole is not None:
                 self._apart.append(func)
                 try:

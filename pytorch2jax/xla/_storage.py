@@ -195,7 +195,7 @@ def new_value(new: jax.Array, old: jax.Array) -> jax.Array:
 
     @replace.defjvp
     def _(primals: Any, tangents: Any) -> tuple[Any, Any]:
-        return primals[0], tangents[1]
+        return replace(*primals), tangents[1]
 
     return replace(new, old) if jnp.issubdtype(new.dtype, jnp.inexact) else new
 

@@ -16,6 +16,7 @@ from jax import lax
 
 from pytorch2jax._errors import CaptureError
 from pytorch2jax.xla._registry import Out, lowers
+from pytorch2jax.xla.lowerings.reductions import precise
 
 
 def _index(x: jax.Array, indices: Sequence[Any]) -> tuple[Any, ...]:
@@ -40,11 +41,41 @@ def index(x: jax.Array, indices: Sequence[Any]) -> jax.Array:
 def index_put(
     x: jax.Array, indices: Sequence[Any], values: jax.Array, accumulate: bool = False, unsafe: bool = False
 ) -> jax.Array:
-    if len(indices) == 1 and indices[0] is not None and indices[0].dtype == np.bool_ and values.size == 1:
-        mask = indices[0].reshape(indices[0].shape + (1,) * (x.ndim - indices[0].ndim))
-        return jnp.where(mask, x + values.reshape(()) if accumulate else values.reshape(()), x)
+    given = [(axis, i) for axis, i in enumerate(indices) if i is not None]
+    if len(given) == 1 and given[0][1].dtype == np.bool_:
+        axis, mask = given[0]
+        new = _spread(values.astype(x.dtype), x, mask, axis)
+        mask = mask.reshape(mask.shape + (1,) * (x.ndim - axis - mask.ndim))
+        return jnp.where(mask, _sum(x, new) if accumulate else new, x)
     where = x.at[_index(x, indices)]
-    return where.add(values) if accumulate else where.set(values)
+    return _add(where, values) if accumulate else where.set(values)
+
+
+def _spread(values: jax.Array, x: jax.Array, mask: jax.Array, axis: int) -> jax.Array:
+    """The values for the elements of `x` where `mask` is True, each at its place.
+
+    Args:
+        values: with one axis, or one of length 1, where `x` has those of the mask: an entry for each True.
+        x: the array.
+        mask: for some axes of `x`.
+        axis: the first of them.
+    """
+    values = values.reshape((1,) * (x.ndim - mask.ndim + 1 - values.ndim) + values.shape)
+    if values.size == 0:  # there is no True
+        return jnp.zeros((), x.dtype)
+    number = jnp.cumsum(mask.reshape(-1), dtype=np.int32).reshape(mask.shape) - 1
+    return jnp.take(values, number, axis=axis, mode="clip")
+
+
+# JAX neither adds nor multiplies booleans.
+
+
+def _sum(x: jax.Array, y: jax.Array) -> jax.Array:
+    return x | y if x.dtype == np.bool_ else x + y
+
+
+def _add(where: Any, values: jax.Array) -> jax.Array:
+    return where.max(values) if values.dtype == np.bool_ else where.add(values)
 
 
 @lowers("aten.index_select.default")
@@ -63,7 +94,7 @@ def take(x: jax.Array, index: jax.Array) -> jax.Array:
 def put(x: jax.Array, index: jax.Array, source: jax.Array, accumulate: bool = False) -> jax.Array:
     where = x.reshape(-1).at[index.reshape(-1)]
     source = source.reshape(-1)
-    return (where.add(source) if accumulate else where.set(source)).reshape(x.shape)
+    return (_add(where, source) if accumulate else where.set(source)).reshape(x.shape)
 
 
 @lowers("aten.embedding.default")
@@ -71,10 +102,72 @@ def embedding(
     weight: jax.Array, indices: jax.Array, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
 ) -> jax.Array:
     rows = jnp.take(weight, indices, axis=0, mode="clip")
+    if scale_grad_by_freq:
+        rows = _with_gradient_times(rows, _shares(weight, indices, rows.dtype)[..., None])
     if padding_idx < 0:
         return rows
     padding = (indices == padding_idx)[..., None]  # gets no gradient
     return jnp.where(padding, lax.stop_gradient(rows), rows)
+
+
+def _shares(weight: jax.Array, indices: jax.Array, dtype: Any) -> jax.Array:
+    """For each index one through the number of times that it occurs."""
+    counts = jnp.zeros(weight.shape[0], dtype).at[indices].add(1)
+    return 1 / jnp.take(counts, indices, mode="clip")
+
+
+@jax.custom_jvp
+def _with_gradient_times(x: jax.Array, factor: jax.Array) -> jax.Array:
+    return x
+
+
+@_with_gradient_times.defjvp
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    x, factor = primals
+    return x, tangents[0] * factor
+
+
+@lowers("aten._embedding_bag.default", "aten._embedding_bag_forward_only.default")
+def embedding_bag(
+    weight: jax.Array,
+    indices: jax.Array,
+    offsets: jax.Array,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    per_sample_weights: jax.Array | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int = -1,
+    *,
+    out: Sequence[Out],
+) -> tuple[jax.Array, ...]:
+    """Modes are sum, mean and maximum. What torch keeps for its own derivatives is left empty."""
+    n_bags, n = out[0].shape[0], indices.shape[0]
+    bags = jnp.searchsorted(offsets[:n_bags], np.arange(n), side="right") - 1
+    rows = precise(embedding(weight, indices, -1, scale_grad_by_freq))
+    used = indices != padding_idx
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights[:, None]
+    if mode == 2:
+        result = _largest_in_bags(rows, used, bags, n_bags)
+    else:
+        result = jax.ops.segment_sum(jnp.where(used[:, None], rows, 0), bags, n_bags)
+    if mode == 1:
+        counts = jax.ops.segment_sum(used.astype(rows.dtype), bags, n_bags)
+        result = result / jnp.maximum(counts, 1)[:, None]
+    return result, *(jnp.zeros(o.shape, o.dtype) for o in out[1:])
+
+
+def _largest_in_bags(rows: jax.Array, used: jax.Array, bags: jax.Array, n_bags: int) -> jax.Array:
+    """The first of the largest elements has the derivative; an empty bag is 0."""
+    n = rows.shape[0]
+    if n == 0:
+        return jnp.zeros((n_bags, rows.shape[1]), rows.dtype)
+    values = lax.stop_gradient(jnp.where(used[:, None], rows, -jnp.inf))
+    is_largest = used[:, None] & (values == jax.ops.segment_max(values, bags, n_bags)[bags])
+    first = jax.ops.segment_min(jnp.where(is_largest, np.arange(n)[:, None], n), bags, n_bags)
+    found = jnp.take_along_axis(rows, jnp.minimum(first, n - 1), axis=0)
+    return jnp.where(first < n, found, 0)
 
 
 # -- an index for each element --------------------------------------------------------------------------------
@@ -89,12 +182,12 @@ def _places(index: jax.Array, dim: int) -> tuple[jax.Array, ...]:
 
 @lowers("aten.gather.default")
 def gather(x: jax.Array, dim: int, index: jax.Array, *, sparse_grad: bool = False) -> jax.Array:
-    if x.ndim == 0:
-        return jnp.broadcast_to(x, index.shape)
-    if index.ndim == 0:
-        index = index[None]
-        return x[_places(index, dim)].reshape(())
-    return x[_places(index, dim)]
+    if index.size == 0:
+        return jnp.zeros(index.shape, x.dtype)
+    y, places = _one_axis(x, index)
+    dim = dim % y.ndim
+    covered = y[tuple(slice(None) if axis == dim else slice(n) for axis, n in enumerate(places.shape))]
+    return jnp.take_along_axis(covered, places, axis=dim, mode="clip").reshape(index.shape)
 
 
 def _at(x: jax.Array, dim: int, index: jax.Array) -> Any:
@@ -123,14 +216,16 @@ def scatter(x: jax.Array, dim: int, index: jax.Array, source: Any) -> jax.Array:
 @lowers("aten.scatter_add.default")
 def scatter_add(x: jax.Array, dim: int, index: jax.Array, source: jax.Array) -> jax.Array:
     y, index = _one_axis(x, index)
-    return _at(y, dim, index).add(_cut(source, index)).reshape(x.shape)
+    return _add(_at(y, dim, index), _cut(source, index)).reshape(x.shape)
 
 
 @lowers("aten.scatter.reduce", "aten.scatter.value_reduce")
 def scatter_with(x: jax.Array, dim: int, index: jax.Array, source: Any, *, reduce: str) -> jax.Array:
     y, index = _one_axis(x, index)
-    where, source = _at(y, dim, index), jnp.asarray(_cut(source, index), x.dtype)
-    return (where.add(source) if reduce == "add" else where.multiply(source)).reshape(x.shape)
+    source = jnp.broadcast_to(jnp.asarray(_cut(source, index), x.dtype), index.shape)
+    if reduce == "add":
+        return _add(_at(y, dim, index), source).reshape(x.shape)
+    return _multiplied(y, _places(index, dim), source).reshape(x.shape)
 
 
 @lowers("aten.scatter_reduce.two")
@@ -158,15 +253,42 @@ def _reduced_at(x: jax.Array, places: Any, source: jax.Array, reduce: str, inclu
         start = x.at[places].set(jnp.asarray(_neutral(reduce, x.dtype), x.dtype))
     where = start.at[places]
     if reduce in ("sum", "mean"):
-        total = where.add(source)
+        total = _add(where, source)
         if reduce == "sum":
             return total
         count = jnp.full(x.shape, 1 if include_self else 0, np.int32).at[places].add(1)
         count = jnp.maximum(count, 1).astype(x.dtype)
         return total / count if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.floor_divide(total, count)
     if reduce == "prod":
-        return where.multiply(source)
+        return _multiplied(start, places, source)
     return where.max(source) if reduce == "amax" else where.min(source)
+
+
+@jax.custom_jvp
+def _multiplied(x: jax.Array, places: Any, source: jax.Array) -> jax.Array:
+    """JAX has no derivative where several elements of `source` are multiplied into one of `x`."""
+    where = x.at[places]
+    return where.min(source) if x.dtype == np.bool_ else where.multiply(source)
+
+
+@_multiplied.defjvp
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    x, places, source = primals
+    by_x, _, by_source = tangents
+    rest = _multiplied(_nonzero(x), places, _nonzero(source))
+    zeros = (x == 0).astype(np.int32).at[places].add((source == 0).astype(np.int32))
+    moved = by_x * _others(x, rest, zeros)
+    moved = moved.at[places].add(by_source * _others(source, rest[places], zeros[places]))
+    return _multiplied(x, places, source), moved
+
+
+def _nonzero(x: jax.Array) -> jax.Array:
+    return jnp.where(x == 0, 1, x)
+
+
+def _others(x: jax.Array, rest: jax.Array, zeros: jax.Array) -> jax.Array:
+    """What `x` is multiplied with: `rest` is the product of all that is not zero, `zeros` the number of zeros."""
+    return jnp.where(zeros == (x == 0), rest / _nonzero(x), 0)
 
 
 def _neutral(reduce: str, dtype: np.dtype[Any]) -> Any:
@@ -195,7 +317,7 @@ def _slices(x: jax.Array, dim: int, index: jax.Array) -> Any:
 def index_add(x: jax.Array, dim: int, index: jax.Array, source: jax.Array, *, alpha: Any = 1) -> jax.Array:
     y, source = (x[None], source.reshape(-1)) if x.ndim == 0 else (x, source)
     scaled = source if alpha == 1 else source * jnp.asarray(alpha, x.dtype)
-    return _slices(y, dim, index).add(scaled.astype(x.dtype)).reshape(x.shape)
+    return _add(_slices(y, dim, index), scaled.astype(x.dtype)).reshape(x.shape)
 
 
 @lowers("aten.index_copy.default")
@@ -223,4 +345,6 @@ def masked_scatter(x: jax.Array, mask: jax.Array, source: jax.Array, *, out: Out
 
 @lowers("aten.nonzero_static.default")
 def nonzero_static(x: jax.Array, *, size: int, fill_value: int = -1) -> jax.Array:
+    if x.ndim == 0:
+        return jnp.zeros((size, 0), np.int32)
     return jnp.stack(jnp.nonzero(x, size=size, fill_value=fill_value), axis=-1)

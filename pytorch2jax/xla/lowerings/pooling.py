@@ -108,7 +108,7 @@ def _avg_pool(n: int) -> Callable[..., jax.Array]:
         wide = precise(x)
         outer = (1,) * (x.ndim - n)
         total = lax.reduce_window(
-            wide, jnp.zeros((), wide.dtype), lax.add, (*outer, *kernel), (*outer, *steps), [(0, 0)] * len(outer) + pads
+            wide, np.zeros((), wide.dtype), lax.add, (*outer, *kernel), (*outer, *steps), [(0, 0)] * len(outer) + pads
         )
         if divisor_override is not None:
             return _divided(total, divisor_override)
