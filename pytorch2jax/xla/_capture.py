@@ -166,7 +166,7 @@ class Recorder(TorchDispatchMode):
             return self._batch_norm(*args, **kwargs)
         if func._schema.is_mutable:
             return self._in_place(func, args, kwargs)
-        if rule_for(func) is None and not func.is_view:
+        if rule_for(func) is None:
             whole = decomposition(func)
             if whole is not None:
                 with self:
