@@ -74,13 +74,15 @@ def trilinear(
     sumdim: Sequence[int],
     unroll_dim: int = 1,
 ) -> jax.Array:
-    x, y, z = (jnp.expand_dims(a, tuple(e)) for a, e in ((x, expand1), (y, expand2), (z, expand3)))
-    ndim = max(x.ndim, y.ndim, z.ndim)
+    ndim = x.ndim + len(expand1)
     letters = "abcdefghijklmnop"[:ndim]
-    shape = jnp.broadcast_shapes(x.shape, y.shape, z.shape)
-    x, y, z = (jnp.broadcast_to(a, shape) for a in (x, y, z))
-    kept = "".join(c for i, c in enumerate(letters) if i not in {d % ndim for d in sumdim})
-    return jnp.einsum(f"{letters},{letters},{letters}->{kept}", x, y, z)
+
+    def without(dims: Sequence[int]) -> str:
+        return "".join(c for i, c in enumerate(letters) if i not in {d % ndim for d in dims})
+
+    terms = ",".join(map(without, (expand1, expand2, expand3)))
+    # In this order, like torch: in half precision, it is seen.
+    return jnp.einsum(f"{terms}->{without(sumdim)}", x, y, z, optimize=[(0, 1), (0, 1)])
 
 
 # -- distances ------------------------------------------------------------------------------------------------
