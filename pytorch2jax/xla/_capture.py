@@ -228,17 +228,18 @@ class Recorder(TorchDispatchMode):
         return written[0] if len(written) == 1 and not isinstance(new, (list, tuple)) else tuple(written)
 
     def _write(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
+        resized = False
         with self:
             if value.dtype != tensor.dtype:
                 value = value.to(tensor.dtype)
             if value.shape != tensor.shape:
-                if tensor.numel() == 0:  # an `out=` that is made as large as it has to be
-                    self._unseen(tensor.resize_, value.shape)
-                else:
+                if _broadcasts(value.shape, tensor.shape):
                     value = value.expand(tensor.shape)
-        old, var = self.var_of(tensor), self.var_of(value)
-        geometry = geometry_of(tensor)
-        if self._cuts() and (tensor.is_floating_point() or tensor.is_complex()):
+                else:  # an `out=` that is made as large as it has to be
+                    resized = self._resize(tensor, value.shape)
+        var, geometry = self.var_of(value), geometry_of(tensor)
+        old = None if resized else self.var_of(tensor)
+        if old is not None and self._cuts() and (tensor.is_floating_point() or tensor.is_complex()):
             cut = Var(var.shape, var.dtype)
             self.equations.append(Equation(new_value, (var, old), {}, (cut,), False))
             var = cut
@@ -250,6 +251,17 @@ class Recorder(TorchDispatchMode):
                 'Use `backend="torch"`, which runs it as it is.'
             )
         self._note(tensor, var, storage)
+
+    def _resize(self, tensor: torch.Tensor, shape: Sequence[int]) -> bool:
+        """Give another shape to a tensor that all of is written to next; returns whether it has new memory."""
+        self.var_of(tensor)
+        memory = tensor.untyped_storage()
+        before = memory.nbytes()
+        self._unseen(tensor.resize_, shape)
+        grown = memory.nbytes() > before
+        if grown:
+            self._storages[memory._cdata].grow(memory.nbytes() // tensor.element_size())
+        return grown
 
     def _opaque(self, func: OpOverload, args: Any, kwargs: Any, written: list[torch.Tensor]) -> Any:
         """An operator of somebody else's that writes to its arguments."""
@@ -400,6 +412,12 @@ _MOVES: dict[Any, Any] = {
     aten.as_strided_.default: aten.as_strided.default,
     aten.detach_.default: aten.detach.default,
 }
+
+
+def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    """Whether a tensor of one shape can be expanded to the other."""
+    pairs = zip(reversed(shape), reversed(to), strict=False)
+    return len(shape) <= len(to) and all(n in (1, m) for n, m in pairs)
 
 
 def _written(func: OpOverload, args: Any, kwargs: Any) -> list[torch.Tensor]:

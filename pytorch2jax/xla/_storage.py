@@ -221,6 +221,10 @@ class Storage:
         if self._whole is None and geometry.fills(self._n_elements):
             self._whole = geometry, var
 
+    def grow(self, n_elements: int) -> None:
+        """There is more memory now, and all of it is written next."""
+        self._n_elements, self._whole, self._known = n_elements, None, {}
+
     def read(self, geometry: Geometry) -> Var | None:
         """The present value of a tensor, or None if that cannot be told."""
         if geometry not in self._known:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -74,13 +75,15 @@ def trilinear(
     sumdim: Sequence[int],
     unroll_dim: int = 1,
 ) -> jax.Array:
-    x, y, z = (jnp.expand_dims(a, tuple(e)) for a, e in ((x, expand1), (y, expand2), (z, expand3)))
-    ndim = max(x.ndim, y.ndim, z.ndim)
+    ndim = x.ndim + len(expand1)
     letters = "abcdefghijklmnop"[:ndim]
-    shape = jnp.broadcast_shapes(x.shape, y.shape, z.shape)
-    x, y, z = (jnp.broadcast_to(a, shape) for a in (x, y, z))
-    kept = "".join(c for i, c in enumerate(letters) if i not in {d % ndim for d in sumdim})
-    return jnp.einsum(f"{letters},{letters},{letters}->{kept}", x, y, z)
+
+    def without(dims: Sequence[int]) -> str:
+        return "".join(c for i, c in enumerate(letters) if i not in {d % ndim for d in dims})
+
+    terms = ",".join(map(without, (expand1, expand2, expand3)))
+    # In this order, like torch: in half precision, it is seen.
+    return jnp.einsum(f"{terms}->{without(sumdim)}", x, y, z, optimize=[(0, 1), (0, 1)])
 
 
 # -- distances ------------------------------------------------------------------------------------------------
@@ -147,10 +150,14 @@ def inv_ex(x: jax.Array, *, check_errors: bool = False) -> tuple[jax.Array, jax.
 
 @lowers("aten.linalg_qr.default")
 def qr(x: jax.Array, mode: str = "reduced", *, out: Sequence[Out]) -> tuple[jax.Array, jax.Array]:
+    m, n = x.shape[-2:]
     if mode == "r":
         return jnp.zeros(out[0].shape, out[0].dtype), jnp.linalg.qr(x, mode="r")
-    q, r = jnp.linalg.qr(x, mode=mode)
-    return q, r
+    if m >= n:
+        q, r = jnp.linalg.qr(x, mode=mode)
+        return q, r
+    q, r = jnp.linalg.qr(x[..., :m])  # of wide matrices, JAX has no derivative
+    return q, jnp.concatenate([r, _adjoint(q) @ x[..., m:]], axis=-1)
 
 
 @lowers("aten._linalg_svd.default")
@@ -217,6 +224,43 @@ def lu_unpack(
     )
 
 
+@lowers("aten.linalg_pinv.atol_rtol_tensor")
+def pinv(x: jax.Array, *, atol: Any = None, rtol: Any = None, hermitian: bool = False) -> jax.Array:
+    real = jnp.finfo(x.dtype).dtype
+    if rtol is None:
+        usual = jnp.asarray(jnp.finfo(x.dtype).eps * max(x.shape[-2:]), real)
+        rtol = usual if atol is None else jnp.where(atol > 0, 0, usual)
+    atol, rtol = (jnp.asarray(0 if t is None else t, real)[..., None] for t in (atol, rtol))
+    return _pinv(hermitian, x, atol, rtol)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _pinv(hermitian: bool, x: jax.Array, atol: jax.Array, rtol: jax.Array) -> jax.Array:
+    if 0 in x.shape[-2:]:
+        return jnp.swapaxes(jnp.zeros_like(x), -1, -2)
+    if hermitian:
+        values, right = jnp.linalg.eigh(x, UPLO="L", symmetrize_input=False)
+        left = _adjoint(right)
+    else:
+        u, values, vh = jnp.linalg.svd(x, full_matrices=False)
+        left, right = _adjoint(u), _adjoint(vh)
+    size = jnp.abs(values)
+    large = size > jnp.maximum(atol, rtol * jnp.max(size, axis=-1, keepdims=True))
+    inverse = jnp.where(large, 1 / jnp.where(large, values, 1), 0).astype(x.dtype)
+    return (right * inverse[..., None, :]) @ left
+
+
+@_pinv.defjvp
+def _pinv_jvp(hermitian: bool, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """The derivative that does not need singular values to differ (Golub and Pereyra)."""
+    a, da = primals[0], tangents[0]
+    p = _pinv(hermitian, *primals)
+    ph, dah = _adjoint(p), _adjoint(da)
+    right = dah - (dah @ a) @ p  # dA^H (I - A P)
+    left = dah - p @ (a @ dah)  # (I - P A) dA^H
+    return p, p @ ph @ right + left @ ph @ p - p @ da @ p
+
+
 # -- solvers --------------------------------------------------------------------------------------------------
 
 
@@ -281,9 +325,64 @@ def cholesky_inverse(factor: jax.Array, upper: bool = False) -> jax.Array:
 def lu_solve(
     factors: jax.Array, pivots: jax.Array, b: jax.Array, *, left: bool = True, adjoint: bool = False
 ) -> jax.Array:
-    permutation, lower, upper = _unpacked(factors, lax.linalg.lu_pivots_to_permutation(pivots - 1, factors.shape[-2]))
-    a = permutation @ lower @ upper
-    return solve_ex(_adjoint(a) if adjoint else a, b, left=left)[0]
+    if not left:  # X A = B is A^H X^H = B^H
+        return _adjoint(lu_solve(factors, pivots, _adjoint(b), adjoint=not adjoint))
+    solve = _solve_adjoint_of_factors if adjoint else _solve_factors
+    permutation = lax.linalg.lu_pivots_to_permutation(pivots - 1, factors.shape[-2])
+    batch = jnp.broadcast_shapes(factors.shape[:-2], b.shape[:-2])
+    factors, b = (jnp.broadcast_to(a, (*batch, *a.shape[-2:])) for a in (factors, b))
+    return solve(factors, jnp.broadcast_to(permutation, (*batch, permutation.shape[-1])), b)
+
+
+def _solve_factors(factors: jax.Array, permutation: jax.Array, b: jax.Array) -> jax.Array:
+    """`A X = B` where `A = P L U`."""
+    b = jnp.take_along_axis(b, permutation[..., None], axis=-2)
+    b = lax.linalg.triangular_solve(factors, b, left_side=True, lower=True, unit_diagonal=True)
+    return lax.linalg.triangular_solve(factors, b, left_side=True, lower=False)
+
+
+def _solve_adjoint_of_factors(factors: jax.Array, permutation: jax.Array, b: jax.Array) -> jax.Array:
+    """`A^H X = B` where `A = P L U`."""
+    adjoint = {"left_side": True, "transpose_a": True, "conjugate_a": True}
+    b = lax.linalg.triangular_solve(factors, b, lower=False, **adjoint)
+    b = lax.linalg.triangular_solve(factors, b, lower=True, unit_diagonal=True, **adjoint)
+    return jnp.take_along_axis(b, jnp.argsort(permutation, axis=-1)[..., None], axis=-2)
+
+
+# -- reflections ----------------------------------------------------------------------------------------------
+
+
+@lowers("aten.geqrf.default")
+def geqrf(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    transposed, scales = jnp.linalg.qr(x, mode="raw")
+    return jnp.swapaxes(transposed, -1, -2), scales
+
+
+def _reflections(x: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`V` and `T` for which the product of the reflections in `x` is `I - V T V^H`."""
+    m, k = x.shape[-2], scales.shape[-1]
+    v = jnp.tril(x[..., :k], -1) + jnp.eye(m, k, dtype=x.dtype)
+    angles = jnp.triu(_adjoint(v) @ v, 1)
+    diagonal = scales[..., :, None] * jnp.eye(k, dtype=x.dtype)
+    unit = jnp.eye(k, dtype=x.dtype) + scales[..., :, None] * angles
+    return v, lax.linalg.triangular_solve(unit, diagonal, left_side=True, lower=False, unit_diagonal=True)
+
+
+@lowers("aten.linalg_householder_product.default")
+def householder_product(x: jax.Array, tau: jax.Array) -> jax.Array:
+    v, t = _reflections(x, tau)
+    m, n = x.shape[-2:]
+    return jnp.eye(m, n, dtype=x.dtype) - v @ t @ _adjoint(v)[..., :n]
+
+
+@lowers("aten.ormqr.default")
+def ormqr(x: jax.Array, tau: jax.Array, other: jax.Array, left: bool = True, transpose: bool = False) -> jax.Array:
+    v, t = _reflections(x, tau)
+    t = _adjoint(t) if transpose else t
+    return other - (v @ (t @ (_adjoint(v) @ other)) if left else ((other @ v) @ t) @ _adjoint(v))
+
+
+# -- functions ------------------------------------------------------------------------------------------------
 
 
 @lowers("aten.linalg_matrix_exp.default")
