@@ -25,10 +25,11 @@ _HEAD = """# Torch's operators
 
 {made_with}
 
-The library (`backend="{backend}"`) on torch's own database of operators (`op_db`), with torch as the oracle: {operators} operators and
-variants, {runs} runs of samples, of which {passed} passed. A run is one sample in one check with one dtype. *Passed* is
-what agrees with torch, *refused* what ended with a clear error of the library's own, *failed* the rest. Each sample
-runs outside of `jax.jit`, the first of each operator also inside. What torch itself cannot do is not counted.
+The library (`backend="{backend}"`) on torch's own database of operators (`op_db`), with torch as the oracle:
+{operators} operators and variants, {runs} runs of samples, of which {passed} passed. A run is one sample in one check
+with one dtype. *Passed* is what agrees with torch, *refused* what ended with a clear error of the library's own, *failed*
+the rest. Each sample runs outside of `jax.jit`, the first of each operator also inside. What torch itself cannot do is
+not counted.
 
 """
 
@@ -97,7 +98,8 @@ def markdown(results: dict[str, Any]) -> str:
     versions = results["made_with"]["versions"].items()
     made_with = ", ".join(f"{name} {version}" for name, version in versions)
     made_with += f"; at most {results['made_with']['samples']} samples of an operator for each check and dtype."
-    lines = [_HEAD.format(made_with=made_with, backend=BACKEND, operators=len(results["operators"]), runs=runs, passed=passed)]
+    numbers = {"operators": len(results["operators"]), "runs": runs, "passed": passed}
+    lines = [_HEAD.format(made_with=made_with, backend=BACKEND, **numbers)]
     lines += ["| check | operators | passed | refused | failed |\n", "|---|---|---|---|---|\n"]
     for check, count in counts.items():
         cells = (check, len(operators[check]), *(count[name] for name in _VERDICTS))

@@ -12,7 +12,6 @@ from pytorch2jax._inference import Spec
 from pytorch2jax._primitive import torch_call
 
 
-
 def run(program: BoundFunction, *arrays: Any) -> list[Any]:
     """Call a program on arrays, by the engine that its user has chosen.
 

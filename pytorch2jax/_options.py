@@ -71,9 +71,7 @@ def checked_options(
         raise OptionError(f"{call}: vmap_method: expected one of {known}, got {vmap_method!r}.")
     batching, expands = _VMAP_METHODS[vmap_method]
     split = splitting(call, batch_axes, sharding_rule)
-    return Options(
-        widen_ints, depth, batching, expands, tuple(example_dtypes), split, checked_backend(call, backend)
-    )
+    return Options(widen_ints, depth, batching, expands, tuple(example_dtypes), split, checked_backend(call, backend))
 
 
 def checked_backend(call: str, backend: Any) -> str:

@@ -73,5 +73,3 @@ def _key(seed: jax.Array) -> jax.Array:
     for index in range(2, seed.shape[0]):
         key = jax.random.fold_in(key, seed[index])
     return key
-
-

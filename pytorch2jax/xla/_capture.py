@@ -99,19 +99,20 @@ class Recorder(TorchDispatchMode):
         key = tensor.untyped_storage()._cdata
         storage = self._storages.get(key)
         if known is not None and storage is not None and known[1:] == (key, storage.version):
-            if known[0].shape == tuple(tensor.shape):
-                return known[0]
+            var = known[0]
+            if var.shape == tuple(tensor.shape):  # it may have been moved since
+                return var
         if storage is None:
             return self._constant(tensor)
-        var = storage.read(geometry_of(tensor))
-        if var is None:
+        read = storage.read(geometry_of(tensor))
+        if read is None:
             raise CaptureError(
                 f"{self._name}: expected views that JAX can follow, got a tensor of {tensor.dtype} that shares memory "
                 "with one of another dtype that was written to. Write to a copy (`x = x.clone()`), or use "
                 '`backend="torch"`, which runs it as it is.'
             )
-        self._note(tensor, var, storage)
-        return var
+        self._note(tensor, read, storage)
+        return read
 
     def _note(self, tensor: torch.Tensor, var: Var, storage: Storage) -> None:
         self._vars[id(tensor)] = var, tensor.untyped_storage()._cdata, storage.version

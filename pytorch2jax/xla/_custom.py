@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from pytorch2jax._dtypes import canonical_dtype_t2j
-
 from pytorch2jax.xla._graph import Equation, Var, variables
 from pytorch2jax.xla._interpret import run
 from pytorch2jax.xla._linearity import is_linear
@@ -145,5 +144,3 @@ def _as_tangent(tangent: Any, output: Any) -> Any:
 
 def _used(equations: tuple[Equation, ...]) -> list[Var]:
     return [v for e in equations for v in (*variables(e.args), *variables(e.kwargs))]
-
-

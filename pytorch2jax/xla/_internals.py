@@ -36,9 +36,8 @@ def decomposition(operator: OpOverload) -> Callable[..., Any] | None:
 
 @functools.cache
 def _decompositions() -> dict[Any, Callable[..., Any]]:
-    from torch._decomp import decomposition_table  # half a second: only when it is needed
-
-    import torch._refs  # noqa: F401  # which fills it
+    import torch._refs  # noqa: F401  # fills the table; half a second: only when it is needed
+    from torch._decomp import decomposition_table
 
     return decomposition_table
 

@@ -64,7 +64,7 @@ def _checked(equation: Equation, out: Out, result: Any) -> Any:
     array = jnp.asarray(result)
     if array.shape != out.shape:
         raise CaptureError(
-            f"{equation.name}: expected a result of shape {out.shape}, as torch has it, got {array.shape}: the JAX rule "
+            f"{equation.name}: expected a result of shape {out.shape}, as torch has it, got {array.shape}: the rule "
             'for this operator is wrong for these arguments. Please report it; `backend="torch"` runs the function.'
         )
     if array.dtype != out.dtype:

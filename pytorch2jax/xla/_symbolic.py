@@ -73,9 +73,11 @@ class Polynomial:
         self._terms = [t for n in range(len(symbols) + 1) for t in itertools.combinations(symbols, n)]
         matrix = [[math.prod(sizes[s] for s in term) for term in self._terms] for sizes, _ in fitted]
         solved = _solve(matrix, [value for _, value in fitted])
-        if any(c.denominator != 1 for c in solved) or sum(
-            c * math.prod(checked[0][s] for s in term) for c, term in zip(solved, self._terms, strict=True)
-        ) != checked[1]:
+        if (
+            any(c.denominator != 1 for c in solved)
+            or sum(c * math.prod(checked[0][s] for s in term) for c, term in zip(solved, self._terms, strict=True))
+            != checked[1]
+        ):
             raise CaptureError(
                 f"{name}: expected sizes that are polynomials in {', '.join(symbols)} with whole coefficients, got "
                 f"{', '.join(f'{v} at {dict(s)}' for s, v in zip(tried, values, strict=True))}. Give the program fixed "
