@@ -27,9 +27,9 @@ _HEAD = """# Torch's operators
 
 The library (`backend="{backend}"`) on torch's own database of operators (`op_db`), with torch as the oracle:
 {operators} operators and variants, {runs} runs of samples, of which {passed} passed. A run is one sample in one check
-with one dtype. *Passed* is what agrees with torch, *refused* what ended with a clear error of the library's own, *failed*
-the rest. Each sample runs outside of `jax.jit`, the first of each operator also inside. What torch itself cannot do is
-not counted.
+with one dtype. *Passed* is what agrees with torch, *refused* what ended with a clear error of the library's own,
+*failed* the rest. Each sample runs outside of `jax.jit`, the first of each operator also inside. What torch itself
+cannot do is not counted.
 
 """
 

@@ -2,7 +2,8 @@
 
 `convert_pytnn_to_jax(model)` gives a pure function and its parameters, `convert_pytnn_to_flax(model)` a Linen
 module; `torch2jax(fn)` turns any torch function into a JAX function. They run torch's own kernels on XLA's
-buffers, under every JAX transformation, or with `backend="xla"` translate to plain JAX. `jax2torch(fn)`, `convert_flax_to_pytnn` and their like go the other way.
+buffers, under every JAX transformation, or with `backend="xla"` translate to plain JAX. `jax2torch(fn)`,
+`convert_flax_to_pytnn` and their like go the other way.
 See the README for what works where.
 """
 

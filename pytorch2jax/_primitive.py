@@ -136,8 +136,8 @@ def _lower_on_devices(lower: Any, context: Any, *operands: Any, program: Program
 def _lower_nowhere(context: Any, *operands: Any, program: Program) -> Any:
     """Where there is no torch: in programs that are saved, and on other devices."""
     raise ExportError(
-        f"{program.describe()}: expected a program without calls of torch, because it is saved (`jax.export`) or runs on "
-        'a device that torch does not share with JAX, got one that calls torch. Convert with `backend="xla"`; if it '
+        f"{program.describe()}: expected a program without calls of torch, because it is saved (`jax.export`) or runs "
+        'on a device that torch does not share with JAX, got one that calls torch. Convert with `backend="xla"`; if it '
         "was, this is an operator without a JAX function: replace it in the model."
     )
 

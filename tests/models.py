@@ -402,9 +402,7 @@ class NnxConverter(Converter):
     """`convert_pytnn_to_nnx`."""
 
     def __init__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        module = pytorch2jax.convert_pytnn_to_nnx(
-            model, example_args=args, example_kw=kwargs, backend=self.backend
-        )
+        module = pytorch2jax.convert_pytnn_to_nnx(model, example_args=args, example_kw=kwargs, backend=self.backend)
         self.graph, params, self.others = nnx.split(module, nnx.Param, ...)
         self.params = nnx.to_pure_dict(params).get("params", {})
 
@@ -419,9 +417,7 @@ class EquinoxConverter(Converter):
     """`convert_pytnn_to_equinox`."""
 
     def __init__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        self.module, self.state = pytorch2jax.convert_pytnn_to_equinox(
-            model, with_state=True, backend=self.backend
-        )
+        self.module, self.state = pytorch2jax.convert_pytnn_to_equinox(model, with_state=True, backend=self.backend)
         self.params = self.module.params
 
     def call(self, params: Any, args: Any, kwargs: Any, *, key: Any = None, train: bool = False) -> tuple[Any, Any]:

@@ -156,7 +156,9 @@ def views(draw):
         n = view.shape[axis]
         if kind == "slice":
             start = draw(st.integers(0, n - 1))
-            view = view[(slice(None),) * axis + (slice(start, draw(st.integers(start + 1, n)), draw(st.integers(1, 3))),)]
+            view = view[
+                (slice(None),) * axis + (slice(start, draw(st.integers(start + 1, n)), draw(st.integers(1, 3))),)
+            ]
         elif kind == "select" and view.dim() > 1:
             view = view.select(axis, draw(st.integers(0, n - 1)))
         elif kind == "permute":

@@ -40,7 +40,8 @@ def graph_of(program: BoundFunction) -> Graph:
         symbols, programs = program.at_sizes
         return Unifier(program.name, symbols).graph([graph_of(p) for p in programs])
     with program.session():
-        return capture(program.name, program.outputs_of, program.tensor_inputs())
+        differentiates = program.inferred.needs_grad is not False
+        return capture(program.name, program.outputs_of, program.tensor_inputs(), active=differentiates)
 
 
 def _translated(program: BoundFunction) -> Callable[..., list[Any]]:

@@ -35,13 +35,16 @@ from pytorch2jax.xla._storage import Storage, geometry_of, new_value
 Call = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
 
 
-def capture(name: str, call: Call, inputs: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> Graph:
+def capture(
+    name: str, call: Call, inputs: Sequence[tuple[tuple[int, ...], torch.dtype]], *, active: bool = False
+) -> Graph:
     """The graph of a function for inputs of these shapes and dtypes.
 
     Args:
         name: the function's name, for messages.
         call: flat tensors in, flat tensors out.
         inputs: shapes and dtypes of the inputs.
+        active: whether they require gradients, for functions that differentiate inside.
 
     Raises:
         CaptureError: the function does what no graph can: it depends on values, or leaves torch.
@@ -49,6 +52,8 @@ def capture(name: str, call: Call, inputs: Sequence[tuple[tuple[int, ...], torch
     with torch.inference_mode(False), torch.enable_grad(), forked_generators(host=True), differentiable_kernels():
         with fake_tensor_mode():
             tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in inputs]
+            if active:  # and are no leaves, so that the function may write to them
+                tensors = [t.requires_grad_() * 1 if t.is_floating_point() or t.is_complex() else t for t in tensors]
             recorder = Recorder(name)
             taken = [recorder.take(tensor) for tensor in tensors]
             try:
@@ -308,6 +313,11 @@ class Recorder(TorchDispatchMode):
         active = [i for i in where if args[i].is_floating_point() or args[i].is_complex()]
         if not active or self._cuts():
             return apply(*args, **kwargs)
+        if any(args[i].requires_grad for i in active):
+            raise CaptureError(
+                f"{self._name}: {cls.__qualname__}: a torch.autograd.Function in a function that takes derivatives "
+                'itself, which would have to go through it. Use `backend="torch"`, which runs it as it is.'
+            )
         given = [self.var_of(args[i]) for i in where]
         first_draw = self._n_draws
         outer, self.equations = self.equations, []
@@ -431,11 +441,14 @@ def _written(func: OpOverload, args: Any, kwargs: Any) -> list[torch.Tensor]:
     return written
 
 
+_GET_DATA = vars(torch._C.TensorBase)["data"].__get__
+
+
 class _DataIsDetached(TorchFunctionMode):
     """`x.data` is a tensor that no operator has made; here it is `x.detach()`, which is one."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.data.__get__:
+        if func is _GET_DATA:
             return args[0].detach()
         return func(*args, **(kwargs or {}))
 

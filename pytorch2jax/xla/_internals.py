@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
-from torch.autograd.function import Function
+from torch.autograd.function import _SingleLevelFunction
 
 __all__ = ["HigherOrderOperator", "OpOverload"]
 
@@ -82,18 +82,20 @@ _PATCH = threading.Lock()
 
 @contextlib.contextmanager
 def custom_functions(call: Callable[..., Any]) -> Iterator[None]:
-    """`torch.autograd.Function`: in this thread, `F.apply(*args)` is `call(apply, F, *args)`, with the real `apply`."""
+    """`torch.autograd.Function`: in this thread, `F.apply(*args)` is `call(apply, F, *args)`, with the real `apply`.
+
+    `Function.apply` itself may have been taken from its class before (`cube = Cube.apply`). It calls that of its base
+    class, which inherits it, and gets one of its own here.
+    """
     thread = threading.get_ident()
-    original = Function.__dict__["apply"].__func__
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != thread:
-            return original(cls, *args, **kwargs)
-        return call(functools.partial(original, cls), cls, *args, **kwargs)
+        real = super(_SingleLevelFunction, cls).apply  # type: ignore[misc]
+        return call(real, cls, *args, **kwargs) if threading.get_ident() == thread else real(*args, **kwargs)
 
     with _PATCH:
-        Function.apply = classmethod(apply)
+        _SingleLevelFunction.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
         try:
             yield
         finally:
-            Function.apply = classmethod(original)
+            del _SingleLevelFunction.apply

@@ -48,7 +48,7 @@ def bind_symbolic(name: str, specs: Sequence[Spec], bind: Callable[[list[Any]], 
 
 def sizes_to_try(symbols: Sequence[str]) -> list[Sizes]:
     """The sizes to capture a function at: all combinations of two for each symbol, and one more."""
-    tried = []
+    tried: list[Sizes] = []
     for choice in itertools.product((0, 1), repeat=len(symbols)):
         # Another one for each symbol, so that two of them are never mistaken for one another.
         tried.append({s: _FIRST + 2 * i + _STEP * c for i, (s, c) in enumerate(zip(symbols, choice, strict=True))})
