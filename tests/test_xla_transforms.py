@@ -32,13 +32,14 @@ def problem(request):
     return test_orders.problem_of(jax_fn, inputs)
 
 
+def _takes(test, fixture):
+    code = test.__code__
+    return fixture in code.co_varnames[: code.co_argcount]
+
+
 for _module, _fixture in ((test_transforms, "case"), (test_orders, "problem")):
     for _name, _test in vars(_module).items():
-        if (
-            _name.startswith("test_")
-            and _name not in ABOUT_TORCH
-            and _fixture in _test.__code__.co_varnames[: _test.__code__.co_argcount]
-        ):
+        if _name.startswith("test_") and _name not in ABOUT_TORCH and _takes(_test, _fixture):
             globals()[_name] = _test
 
 
