@@ -20,6 +20,7 @@ from pytorch2jax._internals import TorchDispatchMode, fake_tensor_mode
 from pytorch2jax._torch_state import differentiable_kernels, forked_generators
 from pytorch2jax.xla._bridged import bridged
 from pytorch2jax.xla._custom import CustomGradient
+from pytorch2jax.xla._decompositions import FUNCTIONS, OPERATORS
 from pytorch2jax.xla._graph import Equation, Graph, Var, pruned, replaced
 from pytorch2jax.xla._internals import (
     HigherOrderOperator,
@@ -52,7 +53,7 @@ def capture(name: str, call: Call, inputs: Sequence[tuple[tuple[int, ...], torch
             recorder = Recorder(name)
             taken = [recorder.take(tensor) for tensor in tensors]
             try:
-                with custom_functions(recorder.custom), _DataIsDetached(), recorder:
+                with custom_functions(recorder.custom), _Instead(), recorder:
                     outputs = call(tensors)
                     results = tuple(recorder.var_of(t) for t in outputs)
                 recorder.check_constants()
@@ -167,7 +168,7 @@ class Recorder(TorchDispatchMode):
         if func._schema.is_mutable:
             return self._in_place(func, args, kwargs)
         if rule_for(func) is None:
-            whole = decomposition(func)
+            whole = OPERATORS.get(func) or decomposition(func)
             if whole is not None:
                 with self:
                     out = whole(*args, **kwargs)
@@ -424,13 +425,11 @@ def _written(func: OpOverload, args: Any, kwargs: Any) -> list[torch.Tensor]:
     return written
 
 
-class _DataIsDetached(TorchFunctionMode):
-    """`x.data` is a tensor that no operator has made; here it is `x.detach()`, which is one."""
+class _Instead(TorchFunctionMode):
+    """Calls others for some of torch's functions."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.data.__get__:
-            return args[0].detach()
-        return func(*args, **(kwargs or {}))
+        return FUNCTIONS.get(func, func)(*args, **(kwargs or {}))
 
 
 _TORCH, _OURS = Path(torch.__file__).parent, Path(__file__).parent.parent

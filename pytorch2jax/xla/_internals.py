@@ -43,6 +43,13 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
     return decomposition_table
 
 
+def istft_without_a_check(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """`torch.istft`, which does not look whether the windows leave gaps."""
+    from torch._refs import istft  # see `_decompositions`
+
+    return istft(*args, **kwargs)
+
+
 @functools.cache
 def functional_variant(operator: OpOverload) -> tuple[OpOverload, bool] | None:
     """The operator that returns what this one writes, and whether it takes the written arguments, too.
