@@ -120,6 +120,31 @@ _XLA: tuple[Known, ...] = (
         ("linalg.eigh",),
         ("forward", "narrow", "vmap"),
     ),
+    Known(
+        "refused",
+        "The result is a number of Python's, which a graph does not have.",
+        ("allclose", "equal", "item"),
+    ),
+    Known(
+        "refused",
+        "The output is sparse.",
+        ("to_sparse",),
+        ("forward", "narrow", "vmap"),
+    ),
+    Known(
+        "refused",
+        "The output is uint64 and does not fit into 32 bits.",
+        ("hash_tensor",),
+        ("narrow",),
+        ("float32",),
+    ),
+    Known(
+        "failed",
+        "The output is uint64, which JAX narrows to uint32 where its values fit.",
+        ("hash_tensor",),
+        ("narrow",),
+        ("int64",),
+    ),
 )
 
 KNOWN = _XLA if BACKEND == "xla" else _TORCH

@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 
 from pytorch2jax.xla._registry import Out, lowers
+from pytorch2jax.xla.lowerings.reductions import precise
 
 # -- products -------------------------------------------------------------------------------------------------
 
@@ -400,4 +401,4 @@ def ormqr(x: jax.Array, tau: jax.Array, other: jax.Array, left: bool = True, tra
 
 @lowers("aten.linalg_matrix_exp.default")
 def matrix_exp(x: jax.Array) -> jax.Array:
-    return jsl.expm(x)
+    return jsl.expm(precise(x))
