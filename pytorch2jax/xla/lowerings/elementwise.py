@@ -506,7 +506,8 @@ def copy(x: jax.Array, source: jax.Array, non_blocking: bool = False) -> jax.Arr
 
 @lowers("aten.relu.default")
 def relu(x: jax.Array) -> jax.Array:
-    return jax.nn.relu(x)
+    # Minus zero and NaN stay, and zero has no derivative.
+    return jnp.where(x <= 0, lax.stop_gradient(jnp.where(x < 0, jnp.zeros_like(x), x)), x)
 
 
 @lowers("aten.hardtanh.default")
