@@ -518,7 +518,8 @@ def hardtanh(x: jax.Array, min_val: Any = -1, max_val: Any = 1) -> jax.Array:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _between(x: jax.Array, low: Any, high: Any) -> jax.Array:
     """`x` cut off at both ends, with torch's derivative there: none."""
-    return jnp.minimum(jnp.maximum(x, jnp.asarray(low, x.dtype)), jnp.asarray(high, x.dtype))
+    low, high = jnp.asarray(low, x.dtype), jnp.asarray(high, x.dtype)
+    return jnp.where(x < low, low, jnp.where(x > high, high, x))  # minus zero stays
 
 
 @_between.defjvp
