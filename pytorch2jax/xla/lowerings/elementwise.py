@@ -570,7 +570,8 @@ def hardsigmoid(x: jax.Array) -> jax.Array:
 
 @lowers("aten.hardswish.default")
 def hardswish(x: jax.Array) -> jax.Array:
-    return jnp.where(x < -3, 0, jnp.where(x <= 3, x * (x + 3) / 6, x)).astype(x.dtype)
+    nothing = lax.stop_gradient(x * 0)  # minus zero, and NaN for minus infinity
+    return jnp.where(x < -3, nothing, jnp.where(x <= 3, x * (x + 3) / 6, x)).astype(x.dtype)
 
 
 @lowers("aten.mish.default")
