@@ -121,6 +121,13 @@ _XLA: tuple[Known, ...] = (
         ("forward", "narrow", "vmap"),
     ),
     Known(
+        "failed",
+        "Torch's own matrix exponential is NaN in half precision.",
+        ("matrix_exp",),
+        ("forward",),
+        ("bfloat16",),
+    ),
+    Known(
         "refused",
         "The result is a number of Python's, which a graph does not have.",
         ("allclose", "equal", "item"),
