@@ -401,12 +401,14 @@ def minimum(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
 
 @lowers("aten.fmax.default")
 def fmax(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
-    return jnp.fmax(x.astype(out.dtype), y.astype(out.dtype))
+    x, y = x.astype(out.dtype), y.astype(out.dtype)
+    return jnp.where((x >= y) | jnp.isnan(y), x, y)
 
 
 @lowers("aten.fmin.default")
 def fmin(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
-    return jnp.fmin(x.astype(out.dtype), y.astype(out.dtype))
+    x, y = x.astype(out.dtype), y.astype(out.dtype)
+    return jnp.where((x <= y) | jnp.isnan(y), x, y)
 
 
 @lowers("aten.gcd.default")
