@@ -136,7 +136,6 @@ _XLA: tuple[Known, ...] = (
         "refused",
         "The output is sparse.",
         ("to_sparse",),
-        ("forward", "narrow", "vmap"),
     ),
     Known(
         "refused",
