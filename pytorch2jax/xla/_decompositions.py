@@ -67,6 +67,12 @@ def _corrcoef(x: torch.Tensor) -> torch.Tensor:
     return c.clamp(-1, 1)
 
 
+def _matrix_rank(*args: Any, out: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+    """`torch.linalg.matrix_rank`, which does not write to `out` if that is a fake tensor."""
+    rank = torch.linalg.matrix_rank(*args, **kwargs)
+    return rank if out is None else out.copy_(rank)
+
+
 def _combinations(x: torch.Tensor, r: int = 2, with_replacement: bool = False) -> torch.Tensor:
     if r == 0:
         return x.new_empty(0)
@@ -86,5 +92,6 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.corrcoef: _corrcoef,
     torch.Tensor.corrcoef: _corrcoef,
     torch.combinations: _combinations,
+    torch.linalg.matrix_rank: _matrix_rank,
 }
 """Functions that torch composes of operators in a way that cannot be followed."""
