@@ -20,6 +20,7 @@ from pytorch2jax._internals import TorchDispatchMode, fake_tensor_mode
 from pytorch2jax._torch_state import differentiable_kernels, forked_generators
 from pytorch2jax.xla._bridged import bridged
 from pytorch2jax.xla._custom import CustomGradient
+from pytorch2jax.xla._decompositions import FUNCTIONS, OPERATORS
 from pytorch2jax.xla._graph import Equation, Graph, Var, pruned, replaced
 from pytorch2jax.xla._internals import (
     HigherOrderOperator,
@@ -57,7 +58,7 @@ def capture(
             recorder = Recorder(name)
             taken = [recorder.take(tensor) for tensor in tensors]
             try:
-                with custom_functions(recorder.custom), _DataIsDetached(), recorder:
+                with custom_functions(recorder.custom), _Instead(), recorder:
                     outputs = call(tensors)
                     results = tuple(recorder.var_of(t) for t in outputs)
                 recorder.check_constants()
@@ -176,7 +177,7 @@ class Recorder(TorchDispatchMode):
         composite = not func.is_view or func._can_decompose()
         if rule_for(func) is None and composite and func not in self._apart:
             # Decompositions call functions such as `to`, which may be views and may be none, and arrive whole.
-            whole = func.decompose if func.is_view else decomposition(func)
+            whole = OPERATORS.get(func) or (func.decompose if func.is_view else decomposition(func))
             if whole is not None:
                 self._apart.append(func)
                 try:
@@ -441,16 +442,11 @@ def _written(func: OpOverload, args: Any, kwargs: Any) -> list[torch.Tensor]:
     return written
 
 
-_GET_DATA = vars(torch._C.TensorBase)["data"].__get__
-
-
-class _DataIsDetached(TorchFunctionMode):
-    """`x.data` is a tensor that no operator has made; here it is `x.detach()`, which is one."""
+class _Instead(TorchFunctionMode):
+    """Calls others for some of torch's functions."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _GET_DATA:
-            return args[0].detach()
-        return func(*args, **(kwargs or {}))
+        return FUNCTIONS.get(func, func)(*args, **(kwargs or {}))
 
 
 _TORCH, _OURS = Path(torch.__file__).parent, Path(__file__).parent.parent

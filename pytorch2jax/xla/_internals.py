@@ -49,6 +49,13 @@ def _bernoulli(x: torch.Tensor, p: float = 0.5, *, generator: Any = None) -> tor
 _NAMED_OTHERWISE: dict[Any, Callable[..., Any]] = {aten.bernoulli_.float: _bernoulli}
 
 
+def istft_without_a_check(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """`torch.istft`, which does not look whether the windows leave gaps."""
+    from torch._refs import istft  # see `_decompositions`
+
+    return istft(*args, **kwargs)
+
+
 @functools.cache
 def functional_variant(operator: OpOverload) -> tuple[Callable[..., Any], bool] | None:
     """The operator that returns what this one writes, and whether it takes the written arguments, too.

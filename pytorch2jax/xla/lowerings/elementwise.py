@@ -583,7 +583,8 @@ def copy(x: jax.Array, source: jax.Array, non_blocking: bool = False) -> jax.Arr
 
 @lowers("aten.relu.default")
 def relu(x: jax.Array) -> jax.Array:
-    return jax.nn.relu(x)
+    # Minus zero and NaN stay, and zero has no derivative.
+    return jnp.where(x <= 0, lax.stop_gradient(jnp.where(x < 0, jnp.zeros_like(x), x)), x)
 
 
 @lowers("aten.hardtanh.default")
@@ -594,7 +595,8 @@ def hardtanh(x: jax.Array, min_val: Any = -1, max_val: Any = 1) -> jax.Array:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _between(x: jax.Array, low: Any, high: Any) -> jax.Array:
     """`x` cut off at both ends, with torch's derivative there: none."""
-    return jnp.minimum(jnp.maximum(x, jnp.asarray(low, x.dtype)), jnp.asarray(high, x.dtype))
+    low, high = jnp.asarray(low, x.dtype), jnp.asarray(high, x.dtype)
+    return jnp.where(x < low, low, jnp.where(x > high, high, x))  # minus zero stays
 
 
 @_between.defjvp

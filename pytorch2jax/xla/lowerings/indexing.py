@@ -345,6 +345,6 @@ def masked_scatter(x: jax.Array, mask: jax.Array, source: jax.Array, *, out: Out
 
 @lowers("aten.nonzero_static.default")
 def nonzero_static(x: jax.Array, *, size: int, fill_value: int = -1) -> jax.Array:
-    if x.ndim == 0:
+    if x.ndim == 0:  # there are no coordinates
         return jnp.zeros((size, 0), np.int32)
     return jnp.stack(jnp.nonzero(x, size=size, fill_value=fill_value), axis=-1)

@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 
 from pytorch2jax.xla._registry import Out, lowers
+from pytorch2jax.xla.lowerings.reductions import precise
 
 # -- products -------------------------------------------------------------------------------------------------
 
@@ -127,6 +128,23 @@ def _adjoint(x: jax.Array) -> jax.Array:
     return jnp.conj(jnp.swapaxes(x, -1, -2))
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _from_triangle(upper: bool, symmetrised: bool, x: jax.Array) -> jax.Array:
+    """The Hermitian matrix with this triangle, the only one that torch reads.
+
+    Torch's derivatives are those of a function of the whole matrix; some are made symmetric.
+    """
+    strict = jnp.triu(x, 1) if upper else jnp.tril(x, -1)
+    diagonal = jnp.real(jnp.diagonal(x, axis1=-2, axis2=-1)).astype(x.dtype)
+    return strict + _adjoint(strict) + jnp.eye(x.shape[-1], dtype=x.dtype) * diagonal[..., None, :]
+
+
+@_from_triangle.defjvp
+def _from_triangle_jvp(upper: bool, symmetrised: bool, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (x,), (dx,) = primals, tangents
+    return _from_triangle(upper, symmetrised, x), (dx + _adjoint(dx)) / 2 if symmetrised else dx
+
+
 @lowers("aten.linalg_cholesky_ex.default")
 def cholesky_ex(x: jax.Array, *, upper: bool = False, check_errors: bool = False) -> tuple[jax.Array, jax.Array]:
     return cholesky(x, upper), _info(x)
@@ -134,12 +152,7 @@ def cholesky_ex(x: jax.Array, *, upper: bool = False, check_errors: bool = False
 
 @lowers("aten.cholesky.default")
 def cholesky(x: jax.Array, upper: bool = False) -> jax.Array:
-    # Torch reads one triangle only.
-    half = jnp.triu(x) if upper else jnp.tril(x)
-    diagonal = jnp.real(jnp.diagonal(half, axis1=-2, axis2=-1)).astype(x.dtype)
-    strict = jnp.triu(x, 1) if upper else jnp.tril(x, -1)
-    full = strict + _adjoint(strict) + jnp.eye(x.shape[-1], dtype=x.dtype) * diagonal[..., None, :]
-    lower = lax.linalg.cholesky(full, symmetrize_input=False)
+    lower = lax.linalg.cholesky(_from_triangle(upper, True, x), symmetrize_input=False)
     return _adjoint(lower) if upper else lower
 
 
@@ -172,16 +185,15 @@ def svd(
 
 @lowers("aten._linalg_eigh.default")
 def eigh(x: jax.Array, UPLO: str = "L", compute_v: bool = True, *, out: Sequence[Out]) -> tuple[jax.Array, jax.Array]:  # noqa: N803
-    if not compute_v:
-        return jnp.linalg.eigvalsh(x, UPLO=UPLO), jnp.zeros(out[1].shape, out[1].dtype)
-    values, vectors = jnp.linalg.eigh(x, UPLO=UPLO)
-    return values, vectors
+    vectors, values = lax.linalg.eigh(_from_triangle(UPLO.upper() == "U", False, x), symmetrize_input=False)
+    return values, vectors if compute_v else jnp.zeros(out[1].shape, out[1].dtype)
 
 
 @lowers("aten._linalg_det.default")
 def det(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     lu, pivots, _ = lax.linalg.lu(lax.stop_gradient(x))
-    return jnp.linalg.det(x), lu, pivots + 1
+    value = jnp.linalg.det(x) if x.shape[-1] else jnp.ones(x.shape[:-2], x.dtype)
+    return value, lu, pivots + 1
 
 
 @lowers("aten._linalg_slogdet.default")
@@ -192,7 +204,9 @@ def slogdet(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
 
 
 @lowers("aten.linalg_lu_factor_ex.default")
-def lu_factor(x: jax.Array, *, pivot: bool = True, check_errors: bool = False) -> tuple[jax.Array, jax.Array, jax.Array]:
+def lu_factor(
+    x: jax.Array, *, pivot: bool = True, check_errors: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     lu, pivots, _ = lax.linalg.lu(x)
     return lu, pivots + 1, _info(x)
 
@@ -219,9 +233,7 @@ def lu_unpack(
     permutation = lax.linalg.lu_pivots_to_permutation(pivots - 1, m)
     results = _unpacked(factors, permutation)
     wanted = (unpack_pivots, unpack_data, unpack_data)
-    return tuple(
-        r if w else jnp.zeros(o.shape, o.dtype) for r, w, o in zip(results, wanted, out, strict=True)
-    )
+    return tuple(r if w else jnp.zeros(o.shape, o.dtype) for r, w, o in zip(results, wanted, out, strict=True))
 
 
 @lowers("aten.linalg_pinv.atol_rtol_tensor")
@@ -239,7 +251,7 @@ def _pinv(hermitian: bool, x: jax.Array, atol: jax.Array, rtol: jax.Array) -> ja
     if 0 in x.shape[-2:]:
         return jnp.swapaxes(jnp.zeros_like(x), -1, -2)
     if hermitian:
-        values, right = jnp.linalg.eigh(x, UPLO="L", symmetrize_input=False)
+        right, values = lax.linalg.eigh(_from_triangle(False, False, x), symmetrize_input=False)
         left = _adjoint(right)
     else:
         u, values, vh = jnp.linalg.svd(x, full_matrices=False)
@@ -303,7 +315,9 @@ def triangular_solve(
             a, b, left_side=True, lower=not upper, transpose_a=transpose, unit_diagonal=unitriangular
         )
 
-    return _columns(solve, a, b), jnp.broadcast_to(a, (*jnp.broadcast_shapes(a.shape[:-2], b.shape[:-2]), *a.shape[-2:]))
+    return _columns(solve, a, b), jnp.broadcast_to(
+        a, (*jnp.broadcast_shapes(a.shape[:-2], b.shape[:-2]), *a.shape[-2:])
+    )
 
 
 @lowers("aten.cholesky_solve.default", "aten._cholesky_solve_helper.default")
@@ -387,4 +401,4 @@ def ormqr(x: jax.Array, tau: jax.Array, other: jax.Array, left: bool = True, tra
 
 @lowers("aten.linalg_matrix_exp.default")
 def matrix_exp(x: jax.Array) -> jax.Array:
-    return jsl.expm(x)
+    return jsl.expm(precise(x))

@@ -162,7 +162,11 @@ def weight_norm(v: jax.Array, g: jax.Array, dim: int = 0) -> tuple[jax.Array, ja
 @lowers("aten.renorm.default")
 def renorm(x: jax.Array, p: Any, dim: int, maxnorm: Any) -> jax.Array:
     axes = tuple(i for i in range(x.ndim) if i != dim % x.ndim)
-    norm = jnp.sum(jnp.abs(x) ** p, axis=axes, keepdims=True) ** (1 / p)
+    size = jnp.abs(precise(x))
+    if p == float("inf"):
+        norm = jnp.max(size, axis=axes, keepdims=True, initial=0)
+    else:
+        norm = jnp.sum(size**p, axis=axes, keepdims=True) ** (1 / p)
     return jnp.where(norm > maxnorm, x * (maxnorm / (norm + 1e-7)), x)
 
 
