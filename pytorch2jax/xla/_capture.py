@@ -52,7 +52,7 @@ def capture(name: str, call: Call, inputs: Sequence[tuple[tuple[int, ...], torch
             recorder = Recorder(name)
             taken = [recorder.take(tensor) for tensor in tensors]
             try:
-                with custom_functions(recorder.custom), _DataIsDetached(), recorder:
+                with custom_functions(recorder.custom), _AsOperators(), recorder:
                     outputs = call(tensors)
                     results = tuple(recorder.var_of(t) for t in outputs)
                 recorder.check_constants()
@@ -164,6 +164,8 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         if func is aten.native_batch_norm.default:
             return self._batch_norm(*args, **kwargs)
+        if func is aten.rrelu_with_noise.default:
+            return self._rrelu(*args, **kwargs)
         if func._schema.is_mutable:
             return self._in_place(func, args, kwargs)
         if rule_for(func) is None and (not func.is_view or func._can_decompose()):
@@ -178,7 +180,7 @@ class Recorder(TorchDispatchMode):
 
     def _record(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         given, named = (replaced(tree, self.var_of, torch.Tensor) for tree in (args, kwargs))
-        out = func(*args, **kwargs)
+        out = _FAKES.get(func, func)(*args, **kwargs)
         several = isinstance(out, (list, tuple))
         results = list(out) if several else [out]
         if func.is_view and rule_for(func) is None:  # by its strides
@@ -287,6 +289,14 @@ class Recorder(TorchDispatchMode):
             self._write(var, new_var)
         return tuple(out)
 
+    def _rrelu(self, x: torch.Tensor, noise: torch.Tensor, *how: Any, **options: Any) -> Any:
+        """It draws the slopes, and writes them to `noise`."""
+        with self:
+            out, new_noise = aten.rrelu_with_noise_functional.default(x, noise, *how, **options)
+        with torch.no_grad():
+            self._write(noise, new_noise)
+        return out
+
     # -- hand-written gradients ------------------------------------------------------------------------------
 
     def custom(self, apply: Callable[..., Any], cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -377,6 +387,14 @@ def _computes(func: OpOverload) -> bool:
     return any(_is_tensor(r.type) for r in func._schema.returns) or func._schema.is_mutable
 
 
+def _ctc_loss(log_probs: torch.Tensor, *how: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return log_probs.new_empty(log_probs.shape[1:-1]), log_probs.new_empty(0)
+
+
+_FAKES: dict[Any, Callable[..., Any]] = {aten._ctc_loss.default: _ctc_loss, aten._ctc_loss.Tensor: _ctc_loss}
+"""Operators whose outputs torch cannot tell shapes of without values, where it matters for no result."""
+
+
 def _is_tensor(kind: Any) -> bool:
     return "Tensor" in str(kind)
 
@@ -407,13 +425,25 @@ def _written(func: OpOverload, args: Any, kwargs: Any) -> list[torch.Tensor]:
     return written
 
 
-class _DataIsDetached(TorchFunctionMode):
-    """`x.data` is a tensor that no operator has made; here it is `x.detach()`, which is one."""
+class _AsOperators(TorchFunctionMode):
+    """What reaches the recorder only in another form: `x.data`, which no operator makes, is `x.detach()`, and the
+    lengths of `ctc_loss` are tensors, because torch reads lists of them into memory that fake tensors do not have."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.data.__get__:
+        kwargs = kwargs or {}
+        if func is _DATA:
             return args[0].detach()
-        return func(*args, **(kwargs or {}))
+        if func is torch.ctc_loss or func is torch.nn.functional.ctc_loss:
+            args = tuple(_as_tensor(a) if i in (2, 3) else a for i, a in enumerate(args))
+            kwargs = {n: _as_tensor(a) if n.endswith("_lengths") else a for n, a in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+_DATA = vars(torch._C.TensorBase)["data"].__get__
+
+
+def _as_tensor(lengths: Any) -> torch.Tensor:
+    return lengths if isinstance(lengths, torch.Tensor) else torch.tensor(lengths)
 
 
 _TORCH, _OURS = Path(torch.__file__).parent, Path(__file__).parent.parent

@@ -44,6 +44,8 @@ def functional_variant(operator: OpOverload) -> tuple[OpOverload, bool] | None:
 
     `add_` has `add`, which takes all its arguments; `add.out` has `add.Tensor`, which does without `out`.
     """
+    if operator is aten.bernoulli_.float:
+        return aten.bernoulli.p, True
     namespace, name = operator._schema.name.split("::")
     packets = getattr(torch.ops, namespace)
     if name.endswith("_") and not name.endswith("__"):
