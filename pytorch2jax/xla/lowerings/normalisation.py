@@ -53,7 +53,7 @@ def group_norm(
     *,
     out: Sequence[Out],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    y, mean, _, scale = _normalised(precise(x).reshape(N, group, -1), (2,), eps)
+    y, mean, _, scale = _normalised(precise(x).reshape(N, group, C // group * HxW), (2,), eps)
     y = y.reshape(x.shape)
     channels = (1, C, *(1,) * (x.ndim - 2))
     y = y if weight is None else y * precise(weight).reshape(channels)
@@ -171,5 +171,3 @@ def embedding_renorm(weight: jax.Array, indices: jax.Array, max_norm: float, nor
     norm = jnp.sum(jnp.abs(weight) ** norm_type, axis=1, keepdims=True) ** (1 / norm_type)
     used = jnp.zeros(weight.shape[0], bool).at[indices.reshape(-1)].set(True)[:, None]
     return jnp.where(used & (norm > max_norm), weight * (max_norm / (norm + 1e-7)), weight)
-
-
