@@ -7,6 +7,7 @@ parts have one. What remains is left to the bridge.
 
 from __future__ import annotations
 
+import itertools
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from pytorch2jax.xla._internals import (
     custom_functions,
     decomposition,
     functional_variant,
+    variant_with_results,
 )
 from pytorch2jax.xla._registry import rule_for
 from pytorch2jax.xla._storage import Storage, geometry_of, new_value
@@ -164,8 +166,6 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         if func is aten.native_batch_norm.default:
             return self._batch_norm(*args, **kwargs)
-        if func is aten.rrelu_with_noise.default:
-            return self._rrelu(*args, **kwargs)
         if func._schema.is_mutable:
             return self._in_place(func, args, kwargs)
         if rule_for(func) is None and (not func.is_view or func._can_decompose()):
@@ -208,6 +208,9 @@ class Recorder(TorchDispatchMode):
             self._bind(args[0], var)
             return out
         written = _written(func, args, kwargs)
+        whole = variant_with_results(func)
+        if whole is not None:
+            return self._with_results(func, whole, args, kwargs, written)
         found = functional_variant(func)
         if found is None:
             return self._opaque(func, args, kwargs, written)
@@ -222,6 +225,16 @@ class Recorder(TorchDispatchMode):
         if not func._schema.returns:
             return None
         return written[0] if len(written) == 1 and not isinstance(new, (list, tuple)) else tuple(written)
+
+    def _with_results(self, func: OpOverload, whole: OpOverload, args: Any, kwargs: Any, written: Any) -> Any:
+        """An operator that has results, and writes to some of its arguments: statistics, noise."""
+        with self:
+            values = whole(*args, **kwargs)
+        n = len(func._schema.returns)
+        with torch.no_grad():
+            for tensor, value in zip(written, values[n:], strict=True):
+                self._write(tensor, value)
+        return values[0] if n == 1 else tuple(values[:n])
 
     def _write(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
         with self:
@@ -288,14 +301,6 @@ class Recorder(TorchDispatchMode):
             self._write(mean, new_mean)
             self._write(var, new_var)
         return tuple(out)
-
-    def _rrelu(self, x: torch.Tensor, noise: torch.Tensor, *how: Any, **options: Any) -> Any:
-        """It draws the slopes, and writes them to `noise`."""
-        with self:
-            out, new_noise = aten.rrelu_with_noise_functional.default(x, noise, *how, **options)
-        with torch.no_grad():
-            self._write(noise, new_noise)
-        return out
 
     # -- hand-written gradients ------------------------------------------------------------------------------
 
@@ -427,7 +432,8 @@ def _written(func: OpOverload, args: Any, kwargs: Any) -> list[torch.Tensor]:
 
 class _AsOperators(TorchFunctionMode):
     """What reaches the recorder only in another form: `x.data`, which no operator makes, is `x.detach()`, and the
-    lengths of `ctc_loss` are tensors, because torch reads lists of them into memory that fake tensors do not have."""
+    lengths of `ctc_loss` are tensors, because torch reads lists of them into memory that fake tensors do not have.
+    `combinations` would select by a mask, whose values are known, but not to fake tensors."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -436,6 +442,8 @@ class _AsOperators(TorchFunctionMode):
         if func is torch.ctc_loss or func is torch.nn.functional.ctc_loss:
             args = tuple(_as_tensor(a) if i in (2, 3) else a for i, a in enumerate(args))
             kwargs = {n: _as_tensor(a) if n.endswith("_lengths") else a for n, a in kwargs.items()}
+        if func is torch.combinations:
+            return _combinations(*args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -444,6 +452,12 @@ _DATA = vars(torch._C.TensorBase)["data"].__get__
 
 def _as_tensor(lengths: Any) -> torch.Tensor:
     return lengths if isinstance(lengths, torch.Tensor) else torch.tensor(lengths)
+
+
+def _combinations(x: torch.Tensor, r: int = 2, with_replacement: bool = False) -> torch.Tensor:
+    choose = itertools.combinations_with_replacement if with_replacement else itertools.combinations
+    chosen = list(choose(range(x.shape[0]), r)) if r else []
+    return x[torch.tensor(chosen, dtype=torch.int64).reshape(len(chosen), r)] if r else x.new_empty(0)
 
 
 _TORCH, _OURS = Path(torch.__file__).parent, Path(__file__).parent.parent

@@ -38,14 +38,18 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
     return decomposition_table
 
 
+def _bernoulli(x: torch.Tensor, p: float = 0.5, **options: Any) -> torch.Tensor:
+    return aten.bernoulli.p(x, p, **options)
+
+
 @functools.cache
-def functional_variant(operator: OpOverload) -> tuple[OpOverload, bool] | None:
+def functional_variant(operator: OpOverload) -> tuple[Callable[..., Any], bool] | None:
     """The operator that returns what this one writes, and whether it takes the written arguments, too.
 
     `add_` has `add`, which takes all its arguments; `add.out` has `add.Tensor`, which does without `out`.
     """
     if operator is aten.bernoulli_.float:
-        return aten.bernoulli.p, True
+        return _bernoulli, True
     namespace, name = operator._schema.name.split("::")
     packets = getattr(torch.ops, namespace)
     if name.endswith("_") and not name.endswith("__"):
@@ -64,6 +68,17 @@ def functional_variant(operator: OpOverload) -> tuple[OpOverload, bool] | None:
         if [(a.name, str(a.type)) for a in candidate._schema.arguments] == wanted:
             return candidate, False
     return None
+
+
+@functools.cache
+def variant_with_results(operator: OpOverload) -> OpOverload | None:
+    """The operator that returns the results of this one, and then what this one writes to arguments in their order."""
+    namespace, name = operator._schema.name.split("::")
+    packet = getattr(getattr(torch.ops, namespace), f"{name}_functional", None)
+    if packet is None or operator._overloadname not in packet.overloads():
+        return None
+    found = getattr(packet, operator._overloadname)
+    return found if len(found._schema.returns) > len(operator._schema.returns) else None
 
 
 _PATCH = threading.Lock()
