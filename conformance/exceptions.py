@@ -99,7 +99,21 @@ _TORCH = (
 )
 
 
-_XLA: tuple[Known, ...] = ()
+_XLA: tuple[Known, ...] = (
+    Known(
+        "refused",
+        "The shape of the output depends on values, which XLA has to know before.",
+        ("argwhere", "masked_select", "nn.functional.one_hot", "nonzero", "tensor_split"),
+    ),
+    Known("refused", "It looks at values, and raises an error for negative ones.", ("nn.functional.gaussian_nll_loss",)),
+    Known("refused", "The output is sparse.", ("to_sparse",)),
+    Known(
+        "failed",
+        "Torch's derivative by the first argument is wrong (2.13): it is 1 where that was written over.",
+        ("as_strided_scatter",),
+        ("reverse", "second order", "vmap of gradients"),
+    ),
+)
 
 KNOWN = _XLA if BACKEND == "xla" else _TORCH
 

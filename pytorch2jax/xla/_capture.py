@@ -8,6 +8,7 @@ parts have one. What remains is left to the bridge.
 from __future__ import annotations
 
 import itertools
+import math
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -200,7 +201,7 @@ class Recorder(TorchDispatchMode):
 
     def _in_place(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         """An operator that writes to its arguments, as one that returns what they become."""
-        if func in _MOVES:  # only the view changes, not the values
+        if func in _MOVES and not _grows(func, args):  # only the view changes, not the values
             with self:
                 moved = _MOVES[func](*args, **kwargs)
             var = self.var_of(moved)
@@ -406,6 +407,19 @@ def _is_tensor(kind: Any) -> bool:
 
 _ABOUT_TENSORS = frozenset({aten.is_same_size.default, aten._assert_tensor_metadata.default})
 
+
+def _resized(x: torch.Tensor, size: Any, **options: Any) -> torch.Tensor:
+    return x.as_strided(size, torch.empty(size, device="meta").stride(), x.storage_offset())
+
+
+def _grows(func: Any, args: Any) -> bool:
+    """Whether this makes a tensor larger than its memory; what is new there has any value."""
+    if func not in (aten.resize_.default, aten.resize_as_.default):
+        return False
+    n = math.prod(args[1].shape if isinstance(args[1], torch.Tensor) else args[1])
+    return (args[0].storage_offset() + n) * args[0].element_size() > args[0].untyped_storage().nbytes()
+
+
 _MOVES: dict[Any, Any] = {
     aten.transpose_.default: aten.transpose.int,
     aten.t_.default: aten.t.default,
@@ -417,6 +431,8 @@ _MOVES: dict[Any, Any] = {
     aten.swapdims_.default: aten.swapdims.default,
     aten.as_strided_.default: aten.as_strided.default,
     aten.detach_.default: aten.detach.default,
+    aten.resize_.default: _resized,
+    aten.resize_as_.default: lambda x, like, **options: _resized(x, like.shape),
 }
 
 
@@ -433,7 +449,8 @@ def _written(func: OpOverload, args: Any, kwargs: Any) -> list[torch.Tensor]:
 class _AsOperators(TorchFunctionMode):
     """What reaches the recorder only in another form: `x.data`, which no operator makes, is `x.detach()`, and the
     lengths of `ctc_loss` are tensors, because torch reads lists of them into memory that fake tensors do not have.
-    `combinations` would select by a mask, whose values are known, but not to fake tensors."""
+    `combinations` would select by a mask, whose values are known, but not to fake tensors. `narrow` would ask where a
+    tensor says that it starts."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -444,6 +461,8 @@ class _AsOperators(TorchFunctionMode):
             kwargs = {n: _as_tensor(a) if n.endswith("_lengths") else a for n, a in kwargs.items()}
         if func is torch.combinations:
             return _combinations(*args, **kwargs)
+        if func in (torch.narrow, torch.Tensor.narrow) and any(isinstance(a, torch.Tensor) for a in args[1:]):
+            return _narrow(*args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -452,6 +471,11 @@ _DATA = vars(torch._C.TensorBase)["data"].__get__
 
 def _as_tensor(lengths: Any) -> torch.Tensor:
     return lengths if isinstance(lengths, torch.Tensor) else torch.tensor(lengths)
+
+
+def _narrow(input: torch.Tensor, dim: int, start: torch.Tensor, length: int) -> torch.Tensor:
+    first = torch.where(start < 0, start + input.shape[dim], start)
+    return input.index_select(dim, first + torch.arange(length))
 
 
 def _combinations(x: torch.Tensor, r: int = 2, with_replacement: bool = False) -> torch.Tensor:

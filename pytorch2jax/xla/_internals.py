@@ -19,6 +19,8 @@ aten = torch.ops.aten
 
 def decomposition(operator: OpOverload) -> Callable[..., Any] | None:
     """The operator in terms of others, or None."""
+    if operator is aten.as_strided_scatter.default:  # torch's calls itself
+        return _as_strided_scatter
     found = _decompositions().get(operator)
     if found is not None:
         return found
@@ -27,6 +29,12 @@ def decomposition(operator: OpOverload) -> Callable[..., Any] | None:
     if operator._can_decompose():
         return operator.decompose
     return None
+
+
+def _as_strided_scatter(x: torch.Tensor, source: torch.Tensor, size: Any, stride: Any, offset: Any = None) -> Any:
+    out = x.clone()
+    out.as_strided(size, stride, x.storage_offset() if offset is None else offset).copy_(source)
+    return out
 
 
 @functools.cache
