@@ -105,7 +105,9 @@ _XLA: tuple[Known, ...] = (
         "The shape of the output depends on values, which XLA has to know before.",
         ("argwhere", "masked_select", "nn.functional.one_hot", "nonzero", "tensor_split"),
     ),
-    Known("refused", "It looks at values, and raises an error for negative ones.", ("nn.functional.gaussian_nll_loss",)),
+    Known(
+        "refused", "It looks at values, and raises an error for negative ones.", ("nn.functional.gaussian_nll_loss",)
+    ),
     Known("refused", "The output is sparse.", ("to_sparse",)),
     Known(
         "failed",

@@ -1,7 +1,7 @@
 """Picking elements by indices, and writing to them.
 
-Indices out of range are an error in torch. XLA cannot raise one: reads are clamped to the nearest element, and writes out
-of range are dropped.
+Indices out of range are an error in torch. XLA cannot raise one: reads are clamped to the nearest element, and writes
+out of range are dropped.
 """
 
 from __future__ import annotations
