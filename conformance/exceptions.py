@@ -115,6 +115,19 @@ _XLA: tuple[Known, ...] = (
         ("as_strided_scatter",),
         ("reverse", "second order", "vmap of gradients"),
     ),
+    Known(
+        "failed",
+        "Torch computes the gradients in the forward pass, so that their own derivatives are 0.",
+        ("nn.functional.linear_cross_entropy.chunked",),
+        _SECOND,
+    ),
+    Known(
+        "failed",
+        "Torch adds up in bfloat16 here; this is in single precision, and nearer to the exact value.",
+        ("nn.functional.adaptive_avg_pool3d",),
+        ("forward",),
+        ("bfloat16",),
+    ),
 )
 
 KNOWN = _XLA if BACKEND == "xla" else _TORCH

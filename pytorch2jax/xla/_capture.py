@@ -7,6 +7,7 @@ parts have one. What remains is left to the bridge.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import traceback
@@ -447,41 +448,59 @@ def _written(func: OpOverload, args: Any, kwargs: Any) -> list[torch.Tensor]:
 
 
 class _AsOperators(TorchFunctionMode):
-    """What reaches the recorder only in another form: `x.data`, which no operator makes, is `x.detach()`, and the
-    lengths of `ctc_loss` are tensors, because torch reads lists of them into memory that fake tensors do not have.
-    `combinations` would select by a mask, whose values are known, but not to fake tensors. `narrow` would ask where a
-    tensor says that it starts."""
+    """Functions that the recorder sees nothing of, or that would ask for values, as others that do the same."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is _DATA:
-            return args[0].detach()
-        if func is torch.ctc_loss or func is torch.nn.functional.ctc_loss:
-            args = tuple(_as_tensor(a) if i in (2, 3) else a for i, a in enumerate(args))
-            kwargs = {n: _as_tensor(a) if n.endswith("_lengths") else a for n, a in kwargs.items()}
-        if func is torch.combinations:
-            return _combinations(*args, **kwargs)
-        if func in (torch.narrow, torch.Tensor.narrow) and any(isinstance(a, torch.Tensor) for a in args[1:]):
-            return _narrow(*args, **kwargs)
-        return func(*args, **kwargs)
+        return _INSTEAD.get(func, func)(*args, **(kwargs or {}))
 
 
-_DATA = vars(torch._C.TensorBase)["data"].__get__
+def _detached(x: torch.Tensor, *owner: Any) -> torch.Tensor:
+    return x.detach()
+
+
+def _with_lengths(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`ctc_loss`: lengths in lists are read into memory, which fake tensors do not have."""
+    args = tuple(_as_tensor(a) if i in (2, 3) else a for i, a in enumerate(args))
+    return function(*args, **{n: _as_tensor(a) if n.endswith("_lengths") else a for n, a in kwargs.items()})
 
 
 def _as_tensor(lengths: Any) -> torch.Tensor:
     return lengths if isinstance(lengths, torch.Tensor) else torch.tensor(lengths)
 
 
-def _narrow(input: torch.Tensor, dim: int, start: torch.Tensor, length: int) -> torch.Tensor:
+def _whole(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`linear_cross_entropy`: what saves memory asks its inputs whether they require a gradient."""
+    return function(*args, **{n: a for n, a in kwargs.items() if n != "options"})
+
+
+def _narrow(input: torch.Tensor, dim: int, start: Any, length: int) -> torch.Tensor:
+    """A tensor to start at would be asked for its value."""
+    if not isinstance(start, torch.Tensor):
+        return torch.narrow(input, dim, start, length)
     first = torch.where(start < 0, start + input.shape[dim], start)
     return input.index_select(dim, first + torch.arange(length))
 
 
-def _combinations(x: torch.Tensor, r: int = 2, with_replacement: bool = False) -> torch.Tensor:
+def _combinations(input: torch.Tensor, r: int = 2, with_replacement: bool = False) -> torch.Tensor:
+    """Torch selects them by a mask."""
+    if not r:
+        return input.new_empty(0)
     choose = itertools.combinations_with_replacement if with_replacement else itertools.combinations
-    chosen = list(choose(range(x.shape[0]), r)) if r else []
-    return x[torch.tensor(chosen, dtype=torch.int64).reshape(len(chosen), r)] if r else x.new_empty(0)
+    chosen = list(choose(range(input.shape[0]), r))
+    return input[torch.tensor(chosen, dtype=torch.int64).reshape(len(chosen), r)]
+
+
+_INSTEAD: dict[Any, Callable[..., Any]] = {
+    vars(torch._C.TensorBase)["data"].__get__: _detached,
+    torch.combinations: _combinations,
+    torch.narrow: _narrow,
+    torch.Tensor.narrow: _narrow,
+    **{f: functools.partial(_with_lengths, f) for f in (torch.ctc_loss, torch.nn.functional.ctc_loss)},
+}
+if hasattr(torch.nn.functional, "linear_cross_entropy"):
+    _INSTEAD[torch.nn.functional.linear_cross_entropy] = functools.partial(
+        _whole, torch.nn.functional.linear_cross_entropy
+    )
 
 
 _TORCH, _OURS = Path(torch.__file__).parent, Path(__file__).parent.parent

@@ -290,7 +290,8 @@ def _source(n: int, o: int, align_corners: bool, factor: float | None, cubic: bo
 def _weighted(x: jax.Array, axis: int, weights: np.ndarray[Any, Any]) -> jax.Array:
     """A product with a matrix `[outputs, inputs]` along an axis."""
     matrix = jnp.asarray(weights.T, x.dtype)
-    return jnp.moveaxis(jnp.moveaxis(x, axis, -1) @ matrix, -1, axis)
+    moved = jnp.matmul(jnp.moveaxis(x, axis, -1), matrix, precision=lax.Precision.HIGHEST)
+    return jnp.moveaxis(moved, -1, axis)
 
 
 def _matrix(
