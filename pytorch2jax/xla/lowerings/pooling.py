@@ -194,7 +194,7 @@ def _adaptive_avg_pool(n: int) -> Callable[..., jax.Array]:
             begins, ends = _adaptive(size, o)
             j = np.arange(size)
             share = ((j >= begins[:, None]) & (j < ends[:, None])) / (ends - begins)[:, None]
-            y = jnp.moveaxis(jnp.moveaxis(y, axis, -1) @ jnp.asarray(share.T, y.dtype), -1, axis)
+            y = _weighted(y, axis, share)
         return y.reshape(out.shape) if y.shape == out.shape else jnp.zeros(out.shape, y.dtype)
 
     return rule
