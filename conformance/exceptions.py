@@ -100,63 +100,6 @@ _TORCH = (
 
 
 _XLA: tuple[Known, ...] = (
-    Known(
-        "failed",
-        "Pivots have to be int32, and int32 arrays reach torch as int64 while `jax_enable_x64` is off: "
-        "`widen_ints=False` keeps them.",
-        ("linalg.lu_solve", "lu_solve", "lu_unpack"),
-        ("narrow",),
-    ),
-    Known(
-        "failed",
-        "Torch's own forward derivative is wrong (2.13; finite differences of torch's function agree with JAX).",
-        ("cholesky_inverse",),
-        ("forward mode",),
-    ),
-    Known(
-        "failed",
-        "Torch's double backward, the oracle, is NaN where a norm has a kink; JAX's is 0 there.",
-        ("linalg.norm.subgradients_at_zero",),
-        _SECOND,
-    ),
-    Known(
-        "failed",
-        "Eigenvectors have any sign. Of a matrix that is given by its upper triangle, jaxlib's LAPACK finds others "
-        "than torch's.",
-        ("linalg.eigh",),
-        ("forward", "narrow", "vmap"),
-    ),
-    Known(
-        "failed",
-        "Torch's own matrix exponential is NaN in half precision.",
-        ("matrix_exp",),
-        ("forward",),
-        ("bfloat16",),
-    ),
-    Known(
-        "refused",
-        "The result is a number of Python's, which a graph does not have.",
-        ("allclose", "equal", "item"),
-    ),
-    Known(
-        "refused",
-        "The output is sparse.",
-        ("to_sparse",),
-    ),
-    Known(
-        "refused",
-        "The output is uint64 and does not fit into 32 bits.",
-        ("hash_tensor",),
-        ("narrow",),
-        ("float32",),
-    ),
-    Known(
-        "failed",
-        "The output is uint64, which JAX narrows to uint32 where its values fit.",
-        ("hash_tensor",),
-        ("narrow",),
-        ("int64",),
-    ),
 )
 
 KNOWN = _XLA if BACKEND == "xla" else _TORCH

@@ -7,6 +7,9 @@ parts have one. What remains is left to the bridge.
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +32,7 @@ from pytorch2jax.xla._internals import (
     custom_functions,
     decomposition,
     functional_variant,
+    variant_with_results,
 )
 from pytorch2jax.xla._registry import rule_for
 from pytorch2jax.xla._storage import Storage, geometry_of, new_value
@@ -191,7 +195,7 @@ class Recorder(TorchDispatchMode):
 
     def _record(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         given, named = (replaced(tree, self.var_of, torch.Tensor) for tree in (args, kwargs))
-        out = func(*args, **kwargs)
+        out = _FAKES.get(func, func)(*args, **kwargs)
         several = isinstance(out, (list, tuple))
         results = list(out) if several else [out]
         if func.is_view and rule_for(func) is None:  # by its strides
@@ -211,7 +215,7 @@ class Recorder(TorchDispatchMode):
 
     def _in_place(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         """An operator that writes to its arguments, as one that returns what they become."""
-        if func in _MOVES:  # only the view changes, not the values
+        if func in _MOVES and not _grows(func, args):  # only the view changes, not the values
             with self:
                 moved = _MOVES[func](*args, **kwargs)
             var = self.var_of(moved)
@@ -219,6 +223,9 @@ class Recorder(TorchDispatchMode):
             self._bind(args[0], var)
             return out
         written = _written(func, args, kwargs)
+        whole = variant_with_results(func)
+        if whole is not None:
+            return self._with_results(func, whole, args, kwargs, written)
         found = functional_variant(func)
         if found is None:
             return self._opaque(func, args, kwargs, written)
@@ -233,6 +240,16 @@ class Recorder(TorchDispatchMode):
         if not func._schema.returns:
             return None
         return written[0] if len(written) == 1 and not isinstance(new, (list, tuple)) else tuple(written)
+
+    def _with_results(self, func: OpOverload, whole: OpOverload, args: Any, kwargs: Any, written: Any) -> Any:
+        """An operator that has results, and writes to some of its arguments: statistics, noise."""
+        with self:
+            values = whole(*args, **kwargs)
+        n = len(func._schema.returns)
+        with torch.no_grad():
+            for tensor, value in zip(written, values[n:], strict=True):
+                self._write(tensor, value)
+        return values[0] if n == 1 else tuple(values[:n])
 
     def _write(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
         resized = False
@@ -406,11 +423,32 @@ def _computes(func: OpOverload) -> bool:
     return any(_is_tensor(r.type) for r in func._schema.returns) or func._schema.is_mutable
 
 
+def _ctc_loss(log_probs: torch.Tensor, *how: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return log_probs.new_empty(log_probs.shape[1:-1]), log_probs.new_empty(0)
+
+
+_FAKES: dict[Any, Callable[..., Any]] = {aten._ctc_loss.default: _ctc_loss, aten._ctc_loss.Tensor: _ctc_loss}
+"""Operators whose outputs torch cannot tell shapes of without values, where it matters for no result."""
+
+
 def _is_tensor(kind: Any) -> bool:
     return "Tensor" in str(kind)
 
 
 _ABOUT_TENSORS = frozenset({aten.is_same_size.default, aten._assert_tensor_metadata.default})
+
+
+def _resized(x: torch.Tensor, size: Any, **options: Any) -> torch.Tensor:
+    return x.as_strided(size, torch.empty(size, device="meta").stride(), x.storage_offset())
+
+
+def _grows(func: Any, args: Any) -> bool:
+    """Whether this makes a tensor larger than its memory; what is new there has any value."""
+    if func not in (aten.resize_.default, aten.resize_as_.default):
+        return False
+    n = math.prod(args[1].shape if isinstance(args[1], torch.Tensor) else args[1])
+    return (args[0].storage_offset() + n) * args[0].element_size() > args[0].untyped_storage().nbytes()
+
 
 _MOVES: dict[Any, Any] = {
     aten.transpose_.default: aten.transpose.int,
@@ -423,6 +461,8 @@ _MOVES: dict[Any, Any] = {
     aten.swapdims_.default: aten.swapdims.default,
     aten.as_strided_.default: aten.as_strided.default,
     aten.detach_.default: aten.detach.default,
+    aten.resize_.default: _resized,
+    aten.resize_as_.default: lambda x, like, **options: _resized(x, like.shape),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -80,11 +81,49 @@ def _combinations(x: torch.Tensor, r: int = 2, with_replacement: bool = False) -
     return x[torch.tensor(list(choose(range(x.shape[0]), r)), dtype=torch.int64).reshape(-1, r)]
 
 
-OPERATORS: dict[Any, Callable[..., Any]] = {aten.linalg_lstsq.default: _lstsq}
+def _detached(x: torch.Tensor, *owner: Any) -> torch.Tensor:
+    """`x.data` is a tensor that no operator has made."""
+    return x.detach()
+
+
+def _with_lengths(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`ctc_loss`: lengths in lists are read into memory, which fake tensors do not have."""
+    args = tuple(_as_tensor(a) if i in (2, 3) else a for i, a in enumerate(args))
+    return function(*args, **{n: _as_tensor(a) if n.endswith("_lengths") else a for n, a in kwargs.items()})
+
+
+def _as_tensor(lengths: Any) -> torch.Tensor:
+    return lengths if isinstance(lengths, torch.Tensor) else torch.tensor(lengths)
+
+
+def _without_options(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`linear_cross_entropy`: what saves memory asks its inputs whether they require a gradient."""
+    return function(*args, **{n: a for n, a in kwargs.items() if n != "options"})
+
+
+def _narrow(input: torch.Tensor, dim: int, start: Any, length: int) -> torch.Tensor:
+    """A tensor to start at would be asked for its value."""
+    if not isinstance(start, torch.Tensor):
+        return torch.narrow(input, dim, start, length)
+    first = torch.where(start < 0, start + input.shape[dim], start)
+    return input.index_select(dim, first + torch.arange(length))
+
+
+def _as_strided_scatter(x: torch.Tensor, source: torch.Tensor, size: Any, stride: Any, offset: Any = None) -> Any:
+    """Torch's decomposition calls itself."""
+    out = x.clone()
+    out.as_strided(size, stride, x.storage_offset() if offset is None else offset).copy_(source)
+    return out
+
+
+OPERATORS: dict[Any, Callable[..., Any]] = {
+    aten.as_strided_scatter.default: _as_strided_scatter,
+    aten.linalg_lstsq.default: _lstsq,
+}
 """Instead of torch's decompositions."""
 
 FUNCTIONS: dict[Any, Callable[..., Any]] = {
-    torch.Tensor.data.__get__: torch.Tensor.detach,  # type: ignore[attr-defined]  # `x.data` is a tensor that no operator has made
+    vars(torch._C.TensorBase)["data"].__get__: _detached,
     torch.istft: istft_without_a_check,
     torch.Tensor.istft: istft_without_a_check,
     torch.cov: _cov,
@@ -92,6 +131,13 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.corrcoef: _corrcoef,
     torch.Tensor.corrcoef: _corrcoef,
     torch.combinations: _combinations,
+    torch.narrow: _narrow,
+    torch.Tensor.narrow: _narrow,
+    **{f: functools.partial(_with_lengths, f) for f in (torch.ctc_loss, torch.nn.functional.ctc_loss)},
     torch.linalg.matrix_rank: _matrix_rank,
 }
 """Functions that torch composes of operators in a way that cannot be followed."""
+if hasattr(torch.nn.functional, "linear_cross_entropy"):  # torch 2.13
+    FUNCTIONS[torch.nn.functional.linear_cross_entropy] = functools.partial(
+        _without_options, torch.nn.functional.linear_cross_entropy
+    )

@@ -42,18 +42,15 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
     return decomposition_table
 
 
-def _bernoulli(x: torch.Tensor, p: float = 0.5, *, generator: Any = None) -> torch.Tensor:
-    return aten.bernoulli.p(x, p, generator=generator)
-
-
-_NAMED_OTHERWISE: dict[Any, Callable[..., Any]] = {aten.bernoulli_.float: _bernoulli}
-
-
 def istft_without_a_check(*args: Any, **kwargs: Any) -> torch.Tensor:
     """`torch.istft`, which does not look whether the windows leave gaps."""
     from torch._refs import istft  # see `_decompositions`
 
     return istft(*args, **kwargs)
+
+
+def _bernoulli(x: torch.Tensor, p: float = 0.5, **options: Any) -> torch.Tensor:
+    return aten.bernoulli.p(x, p, **options)
 
 
 @functools.cache
@@ -62,8 +59,8 @@ def functional_variant(operator: OpOverload) -> tuple[Callable[..., Any], bool] 
 
     `add_` has `add`, which takes all its arguments; `add.out` has `add.Tensor`, which does without `out`.
     """
-    if operator in _NAMED_OTHERWISE:
-        return _NAMED_OTHERWISE[operator], True
+    if operator is aten.bernoulli_.float:
+        return _bernoulli, True
     namespace, name = operator._schema.name.split("::")
     packets = getattr(torch.ops, namespace)
     if name.endswith("_") and not name.endswith("__"):
@@ -82,6 +79,17 @@ def functional_variant(operator: OpOverload) -> tuple[Callable[..., Any], bool] 
         if [(a.name, str(a.type)) for a in candidate._schema.arguments] == wanted:
             return candidate, False
     return None
+
+
+@functools.cache
+def variant_with_results(operator: OpOverload) -> OpOverload | None:
+    """The operator that returns the results of this one, and then what this one writes to arguments in their order."""
+    namespace, name = operator._schema.name.split("::")
+    packet = getattr(getattr(torch.ops, namespace), f"{name}_functional", None)
+    if packet is None or operator._overloadname not in packet.overloads():
+        return None
+    found = getattr(packet, operator._overloadname)
+    return found if len(found._schema.returns) > len(operator._schema.returns) else None
 
 
 _PATCH = threading.Lock()

@@ -1,7 +1,7 @@
 """Picking elements by indices, and writing to them.
 
-Indices out of range are an error in torch. XLA cannot raise one: reads are clamped to the nearest element, and writes out
-of range are dropped.
+Indices out of range are an error in torch. XLA cannot raise one: reads are clamped to the nearest element, and writes
+out of range are dropped.
 """
 
 from __future__ import annotations
@@ -348,3 +348,9 @@ def nonzero_static(x: jax.Array, *, size: int, fill_value: int = -1) -> jax.Arra
     if x.ndim == 0:  # there are no coordinates
         return jnp.zeros((size, 0), np.int32)
     return jnp.stack(jnp.nonzero(x, size=size, fill_value=fill_value), axis=-1)
+
+
+@lowers("aten.repeat_interleave.Tensor")
+def repeat_interleave(repeats: jax.Array, *, output_size: int | None = None, out: Out) -> jax.Array:
+    """The number of each entry, as many times as it says."""
+    return jnp.repeat(np.arange(repeats.shape[0]), repeats, total_repeat_length=out.shape[0])

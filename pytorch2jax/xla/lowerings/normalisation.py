@@ -37,6 +37,8 @@ def layer_norm(
     y, mean, _, scale = _normalised(precise(x), axes, eps)
     y = y if weight is None else y * precise(weight)
     y = y if bias is None else y + precise(bias)
+    # Torch does not derive by what it keeps for its own backward pass.
+    mean, scale = lax.stop_gradient((mean, scale))
     return y, mean.reshape(out[1].shape), scale.reshape(out[2].shape)
 
 
@@ -53,7 +55,7 @@ def group_norm(
     *,
     out: Sequence[Out],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    y, mean, _, scale = _normalised(precise(x).reshape(N, group, -1), (2,), eps)
+    y, mean, _, scale = _normalised(precise(x).reshape(N, group, C // group * HxW), (2,), eps)
     y = y.reshape(x.shape)
     channels = (1, C, *(1,) * (x.ndim - 2))
     y = y if weight is None else y * precise(weight).reshape(channels)
@@ -106,14 +108,35 @@ def _batch_norm(
         y = (wide - batch_mean) * scale
     y = y if weight is None else y * precise(weight).reshape(channels)
     y = y if bias is None else y + precise(bias).reshape(channels)
+    batch_mean, scale = lax.stop_gradient((batch_mean, scale))  # as torch has it
     return y, batch_mean.reshape(-1), scale.reshape(-1), new_mean, new_var
 
 
 @lowers("aten._native_batch_norm_legit_functional.default")
 def batch_norm_functional(
-    x: jax.Array, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float
+    x: jax.Array,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    var: Any,
+    training: bool,
+    momentum: float,
+    eps: float,
+    *,
+    out: Sequence[Out],
 ) -> Any:
-    return _batch_norm(x, weight, bias, mean, var, training, momentum, eps)
+    y, batch_mean, scale, *statistics = _batch_norm(x, weight, bias, mean, var, training, momentum, eps)
+    if not training:  # torch has nothing there either
+        batch_mean, scale = (jnp.zeros(o.shape, o.dtype) for o in out[1:3])
+    return y, batch_mean, scale, *statistics
+
+
+@lowers("aten._batch_norm_with_update_functional.default")
+def batch_norm_with_update(
+    x: jax.Array, weight: Any, bias: Any, mean: Any, var: Any, momentum: float, eps: float, *, out: Sequence[Out]
+) -> Any:
+    y, batch_mean, scale, *statistics = _batch_norm(x, weight, bias, mean, var, True, momentum, eps)
+    return y, batch_mean, scale, jnp.zeros(out[3].shape, out[3].dtype), *statistics
 
 
 @lowers("aten._native_batch_norm_legit.no_stats")
@@ -175,5 +198,3 @@ def embedding_renorm(weight: jax.Array, indices: jax.Array, max_norm: float, nor
     norm = jnp.sum(jnp.abs(weight) ** norm_type, axis=1, keepdims=True) ** (1 / norm_type)
     used = jnp.zeros(weight.shape[0], bool).at[indices.reshape(-1)].set(True)[:, None]
     return jnp.where(used & (norm > max_norm), weight * (max_norm / (norm + 1e-7)), weight)
-
-

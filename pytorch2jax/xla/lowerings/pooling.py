@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,11 @@ def _each(value: int | Sequence[int], n: int) -> tuple[int, ...]:
 
 
 def _right_padding(
-    sizes: Sequence[int], outputs: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    sizes: Sequence[int],
+    outputs: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
     dilation: Sequence[int],
 ) -> list[tuple[int, int]]:
     """Padding on both sides of each axis so that there are `outputs` windows: those of `ceil_mode` reach further."""
@@ -35,27 +40,67 @@ def _right_padding(
     return pads
 
 
-def _windows(x: jax.Array, n: int, outputs: Sequence[int], kernel: Any, stride: Any, padding: Any, dilation: Any, fill: Any) -> tuple[jax.Array, jax.Array]:
-    """The elements of each window, `[..., *outputs, prod(kernel)]`, and their places in a flat image (-1: outside)."""
-    sizes = x.shape[-n:]
-    pads = _right_padding(sizes, outputs, kernel, stride, padding, dilation)
-    widths = [(0, 0)] * (x.ndim - n) + pads
-    padded = jnp.pad(x, widths, constant_values=fill)
-    flat = np.arange(math.prod(sizes), dtype=np.int32).reshape(sizes)
-    places = np.pad(flat, pads, constant_values=-1)
-    index = []
-    for axis, (o, k, s, d) in enumerate(zip(outputs, kernel, stride, dilation, strict=True)):
-        along = np.arange(o)[:, None] * s + np.arange(k)[None, :] * d
-        shape = [1] * (2 * n)
-        shape[axis], shape[n + axis] = o, k
-        index.append(along.reshape(shape))
-    taken = padded[(..., *index)]
-    where = np.broadcast_to(places[tuple(index)], (*outputs, *kernel)).reshape(*outputs, -1)
-    return taken.reshape(*taken.shape[: x.ndim - n], *outputs, -1), jnp.asarray(where)
+class _Windows(NamedTuple):
+    """Windows over the last axes of an array, an entry for each axis."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+
+    def reduce(self, operands: Any, inits: Any, by: Callable[..., Any]) -> Any:
+        """`lax.reduce_window`."""
+        outer = jax.tree.leaves(operands)[0].ndim - len(self.size)
+        ones = (1,) * outer
+        return lax.reduce_window(
+            operands,
+            inits,
+            by,
+            (*ones, *self.size),
+            (*ones, *self.stride),
+            [(0, 0)] * outer + list(self.padding),
+            window_dilation=(*ones, *self.dilation),
+        )
 
 
 def _lowest(dtype: np.dtype[Any]) -> Any:
-    return -np.inf if jnp.issubdtype(dtype, jnp.inexact) else np.iinfo(dtype).min
+    return np.array(-np.inf if jnp.issubdtype(dtype, jnp.inexact) else np.iinfo(dtype).min, dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _largest(x: jax.Array, windows: _Windows) -> jax.Array:
+    """The largest element of each window; the derivative is that of the first of them."""
+    return windows.reduce(x, _lowest(x.dtype), lax.max)
+
+
+@_largest.defjvp
+def _(windows: _Windows, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return _largest(primals[0], windows), _taken(tangents[0], _where_largest(primals[0], windows), len(windows.size))
+
+
+def _taken(x: jax.Array, places: jax.Array, n: int) -> jax.Array:
+    """The elements of images, which have `n` axes, at places in each of them when it is flat."""
+    outer = x.shape[:-n]
+    rows, columns = math.prod(outer), math.prod(x.shape[-n:])
+    if not places.size:
+        return jnp.zeros(places.shape, x.dtype)
+    flat = jnp.take_along_axis(x.reshape(rows, columns), places.reshape(rows, -1), axis=-1, mode="clip")
+    return flat.reshape(places.shape)
+
+
+def _where_largest(x: jax.Array, windows: _Windows) -> jax.Array:
+    """Where the first of the largest elements of each window is in a flat image; of NaNs the last one, as in torch."""
+    sizes = x.shape[x.ndim - len(windows.size) :]
+    x = lax.stop_gradient(x)
+    outside = np.int32(np.iinfo(np.int32).max)
+    places = jnp.broadcast_to(np.arange(math.prod(sizes), dtype=np.int32).reshape(sizes), x.shape)
+
+    def better(left: Any, right: Any) -> Any:
+        (a, i), (b, j) = left, right
+        takes = (b > a) | ((b == a) & (j < i)) | ((b != b) & ((a == a) | (j > i)))
+        return jnp.where(takes, b, a), jnp.where(takes, j, i)
+
+    return windows.reduce((x, places), (_lowest(x.dtype), outside), better)[1]
 
 
 def _max_pool(n: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
@@ -71,15 +116,10 @@ def _max_pool(n: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
     ) -> tuple[jax.Array, jax.Array]:
         kernel = _each(kernel_size, n)
         steps = _each(stride, n) if stride not in ((), []) else kernel
-        outputs = out[0].shape[-n:]
-        values, places = _windows(
-            x, n, outputs, kernel, steps, _each(padding, n), _each(dilation, n), _lowest(x.dtype)
-        )
-        # The first of the largest, NaN before all: as torch has it. The padding never is.
-        scores = jnp.where(places >= 0, lax.stop_gradient(values), _lowest(x.dtype))
-        best = jnp.argmax(scores, axis=-1, keepdims=True)
-        index = jnp.take_along_axis(jnp.broadcast_to(places, values.shape), best, axis=-1)[..., 0]
-        return jnp.take_along_axis(values, best, axis=-1)[..., 0], index
+        spread = _each(dilation, n)
+        pads = _right_padding(x.shape[-n:], out[0].shape[-n:], kernel, steps, _each(padding, n), spread)
+        windows = _Windows(kernel, steps, spread, tuple(pads))
+        return _largest(x, windows), _where_largest(x, windows)  # what is not used, XLA leaves out
 
     return rule
 
@@ -106,10 +146,8 @@ def _avg_pool(n: int) -> Callable[..., jax.Array]:
         sizes, outputs = x.shape[-n:], out.shape[-n:]
         pads = _right_padding(sizes, outputs, kernel, steps, padding, (1,) * n)
         wide = precise(x)
-        outer = (1,) * (x.ndim - n)
-        total = lax.reduce_window(
-            wide, np.zeros((), wide.dtype), lax.add, (*outer, *kernel), (*outer, *steps), [(0, 0)] * len(outer) + pads
-        )
+        # A constant to start with, by which JAX knows that this is a sum, and its derivative.
+        total = _Windows(kernel, steps, (1,) * n, tuple(pads)).reduce(wide, np.zeros((), wide.dtype), lax.add)
         if divisor_override is not None:
             return _divided(total, divisor_override)
         counts = np.ones((), np.int64)
@@ -156,7 +194,7 @@ def _adaptive_avg_pool(n: int) -> Callable[..., jax.Array]:
             begins, ends = _adaptive(size, o)
             j = np.arange(size)
             share = ((j >= begins[:, None]) & (j < ends[:, None])) / (ends - begins)[:, None]
-            y = jnp.moveaxis(jnp.moveaxis(y, axis, -1) @ jnp.asarray(share.T, y.dtype), -1, axis)
+            y = _weighted(y, axis, share)
         return y.reshape(out.shape) if y.shape == out.shape else jnp.zeros(out.shape, y.dtype)
 
     return rule
@@ -169,6 +207,10 @@ lowers("aten._adaptive_avg_pool3d.default")(_adaptive_avg_pool(3))
 def _adaptive_max_pool(n: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
     def rule(x: jax.Array, output_size: Sequence[int], *, out: Sequence[Out]) -> tuple[jax.Array, jax.Array]:
         sizes, outputs = x.shape[-n:], out[0].shape[-n:]
+        if all(o and size % o == 0 for size, o in zip(sizes, outputs, strict=True)):
+            kernel = tuple(size // o for size, o in zip(sizes, outputs, strict=True))
+            windows = _Windows(kernel, kernel, (1,) * n, ((0, 0),) * n)
+            return _largest(x, windows), _where_largest(x, windows)
         index, valid = [], np.ones((1,) * (2 * n), bool)
         for axis, (size, o) in enumerate(zip(sizes, outputs, strict=True)):
             begins, ends = _adaptive(size, o)
@@ -200,7 +242,9 @@ def max_unpool2d(x: jax.Array, indices: jax.Array, output_size: Sequence[int], *
 
 
 @lowers("aten.max_unpool3d.default")
-def max_unpool3d(x: jax.Array, indices: jax.Array, output_size: Any, stride: Any, padding: Any, *, out: Out) -> jax.Array:
+def max_unpool3d(
+    x: jax.Array, indices: jax.Array, output_size: Any, stride: Any, padding: Any, *, out: Out
+) -> jax.Array:
     return _unpooled(x, indices, 3, out)
 
 
@@ -208,7 +252,20 @@ def _unpooled(x: jax.Array, indices: jax.Array, n: int, out: Out) -> jax.Array:
     outer = x.shape[:-n]
     flat, places = x.reshape(math.prod(outer), -1), indices.reshape(math.prod(outer), -1)
     image = jnp.zeros((flat.shape[0], math.prod(out.shape[-n:])), x.dtype)
-    return image.at[np.arange(flat.shape[0])[:, None], places].set(flat).reshape(out.shape)
+    return _put(image, places, flat).reshape(out.shape)
+
+
+@jax.custom_jvp
+def _put(images: jax.Array, places: jax.Array, values: jax.Array) -> jax.Array:
+    """Flat images with values written to places of each; where several are written to one, torch derives by all."""
+    return images.at[np.arange(images.shape[0])[:, None], places].set(values)
+
+
+@_put.defjvp
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    images, places, _ = primals
+    moved = jnp.zeros_like(images).at[np.arange(images.shape[0])[:, None], places].add(tangents[2])
+    return _put(*primals), moved
 
 
 # -- resampling -----------------------------------------------------------------------------------------------
@@ -233,10 +290,13 @@ def _source(n: int, o: int, align_corners: bool, factor: float | None, cubic: bo
 def _weighted(x: jax.Array, axis: int, weights: np.ndarray[Any, Any]) -> jax.Array:
     """A product with a matrix `[outputs, inputs]` along an axis."""
     matrix = jnp.asarray(weights.T, x.dtype)
-    return jnp.moveaxis(jnp.moveaxis(x, axis, -1) @ matrix, -1, axis)
+    moved = jnp.matmul(jnp.moveaxis(x, axis, -1), matrix, precision=lax.Precision.HIGHEST)
+    return jnp.moveaxis(moved, -1, axis)
 
 
-def _matrix(o: int, n: int, places: Sequence[np.ndarray[Any, Any]], weights: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+def _matrix(
+    o: int, n: int, places: Sequence[np.ndarray[Any, Any]], weights: Sequence[np.ndarray[Any, Any]]
+) -> np.ndarray[Any, Any]:
     matrix = np.zeros((o, n))
     for where, weight in zip(places, weights, strict=True):
         np.add.at(matrix, (np.arange(o), np.clip(where, 0, n - 1)), weight)
@@ -290,7 +350,9 @@ lowers("aten.upsample_linear1d.default", "aten.upsample_bilinear2d.default", "at
 lowers("aten.upsample_bicubic2d.default")(_resampled(_cubic))
 
 
-def _antialiased(reach: float, kernel: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]) -> Callable[..., np.ndarray[Any, Any]]:
+def _antialiased(
+    reach: float, kernel: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
+) -> Callable[..., np.ndarray[Any, Any]]:
     def matrix(n: int, o: int, align_corners: bool, factor: float | None) -> np.ndarray[Any, Any]:
         scale = _scale(n, o, align_corners, factor)
         support = reach * max(scale, 1.0)

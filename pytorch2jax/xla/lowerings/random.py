@@ -61,8 +61,12 @@ def _whole(key: jax.Array, out: Out, low: Any, high: Any) -> jax.Array:
 @lowers("aten.random.default", "aten.random.to", "aten.random.from")
 def random(x: jax.Array, *bounds: int | None, out: Out, key: jax.Array) -> jax.Array:
     # Without an end: all that the dtype can hold, as far as whole numbers are exact.
-    most = 2**31 - 1 if out.dtype.itemsize >= 4 else {np.dtype(np.float16): 2**11, np.dtype(jnp.bfloat16): 2**8}.get(
-        out.dtype, 2 if out.dtype == np.bool_ else 2**7
+    most = (
+        2**31 - 1
+        if out.dtype.itemsize >= 4
+        else {np.dtype(np.float16): 2**11, np.dtype(jnp.bfloat16): 2**8}.get(
+            out.dtype, 2 if out.dtype == np.bool_ else 2**7
+        )
     )
     if not bounds:
         return _whole(key, out, 0, most)

@@ -176,9 +176,7 @@ def split(x: jax.Array, split_size: int, dim: int = 0, *, out: Sequence[Out]) ->
     return _parts(x, [o.shape[dim] for o in out], dim)
 
 
-@lowers(
-    "aten.split_with_sizes.default", "aten.split_with_sizes_copy.default", "aten.unsafe_split_with_sizes.default"
-)
+@lowers("aten.split_with_sizes.default", "aten.split_with_sizes_copy.default", "aten.unsafe_split_with_sizes.default")
 def split_with_sizes(x: jax.Array, split_sizes: Sequence[int], dim: int = 0) -> tuple[jax.Array, ...]:
     return _parts(x, split_sizes, dim)
 
@@ -270,10 +268,16 @@ def replication_pad(x: jax.Array, pad: Sequence[int]) -> jax.Array:
 
 def _padded(x: jax.Array, pad: Sequence[int], mode: str) -> jax.Array:
     pairs = _pairs(pad, x.ndim)
+    if min(pad) >= 0:
+        return jnp.pad(x, pairs, mode=mode)
     for axis, (low, high) in enumerate(pairs):  # negative padding cuts off
-        if low < 0 or high < 0:
-            x = lax.slice_in_dim(x, max(-low, 0), x.shape[axis] - max(-high, 0), axis=axis)
-    return jnp.pad(x, [(max(low, 0), max(high, 0)) for low, high in pairs], mode=mode)
+        n = x.shape[axis]
+        if low or high:
+            where = np.arange(-low, n + high)
+            if mode == "reflect":
+                where = n - 1 - np.abs(n - 1 - np.abs(where))
+            x = jnp.take(x, np.clip(where, 0, n - 1), axis=axis)
+    return x
 
 
 # -- triangles ------------------------------------------------------------------------------------------------
