@@ -49,19 +49,32 @@ def functional_variant(operator: OpOverload) -> tuple[OpOverload, bool] | None:
     if name.endswith("_") and not name.endswith("__"):
         for candidate in (name[:-1], f"{name[:-1]}_functional"):
             packet = getattr(packets, candidate, None)
-            if packet is not None and operator._overloadname in packet.overloads():
-                return getattr(packet, operator._overloadname), True
+            found = None if packet is None else _with_arguments(packet, _arguments(operator), operator._overloadname)
+            if found is not None:
+                return found, True
         return None
     written = [a.name for a in operator._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     if not all(a.kwarg_only for a in operator._schema.arguments if a.name in written):
         return None
-    wanted = [(a.name, str(a.type)) for a in operator._schema.arguments if a.name not in written]
-    packet = getattr(packets, name)
+    wanted = [argument for argument in _arguments(operator) if argument[0] not in written]
+    found = _with_arguments(getattr(packets, name), wanted)
+    return None if found is None else (found, False)
+
+
+def _arguments(operator: OpOverload) -> list[tuple[str, str]]:
+    return [(a.name, str(a.type)) for a in operator._schema.arguments]
+
+
+def _with_arguments(packet: Any, wanted: list[tuple[str, str]], named: str | None = None) -> OpOverload | None:
+    """The overload that takes these arguments; else the one of that name.
+
+    `pow_.Scalar` is `pow.Tensor_Scalar`: in `pow.Scalar`, the base is a number.
+    """
     for overload in packet.overloads():
         candidate = getattr(packet, overload)
-        if [(a.name, str(a.type)) for a in candidate._schema.arguments] == wanted:
-            return candidate, False
-    return None
+        if _arguments(candidate) == wanted and not candidate._schema.is_mutable:
+            return candidate
+    return getattr(packet, named) if named in packet.overloads() else None
 
 
 _PATCH = threading.Lock()
