@@ -99,7 +99,33 @@ _TORCH = (
 )
 
 
-_XLA: tuple[Known, ...] = ()
+_XLA: tuple[Known, ...] = (
+    Known(
+        "refused",
+        "The shape of the output depends on values, which a graph does not have.",
+        ("bincount", "masked_select", "unique", "unique_consecutive"),
+    ),
+    Known(
+        "failed",
+        "Which of equal elements comes first is not defined, and torch's choice is its algorithm's.",
+        ("argsort", "kthvalue", "sort", "topk"),
+        ("forward", "narrow"),
+        ("bfloat16", "bool", "int64"),
+    ),
+    Known(
+        "failed",
+        "Torch's double backward, the oracle, is NaN where a norm has a kink; here it is 0.",
+        ("linalg.norm.subgradients_at_zero",),
+        _SECOND,
+    ),
+    Known(
+        "failed",
+        "Torch's forward derivative is NaN for complex numbers (2.13); its reverse one agrees with JAX's.",
+        ("logcumsumexp",),
+        ("forward mode",),
+        ("complex128",),
+    ),
+)
 
 KNOWN = _XLA if BACKEND == "xla" else _TORCH
 
