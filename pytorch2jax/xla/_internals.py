@@ -65,7 +65,7 @@ def _arguments(operator: OpOverload) -> list[tuple[str, str]]:
     return [(a.name, str(a.type)) for a in operator._schema.arguments]
 
 
-def _with_arguments(packet: Any, wanted: list[tuple[str, str]], named: str | None = None) -> OpOverload | None:
+def _with_arguments(packet: Any, wanted: list[tuple[str, str]], named: str = "") -> OpOverload | None:
     """The overload that takes these arguments; else the one of that name.
 
     `pow_.Scalar` is `pow.Tensor_Scalar`: in `pow.Scalar`, the base is a number.

@@ -32,7 +32,13 @@ def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 @jax.custom_jvp
 def logaddexp(x: jax.Array, y: jax.Array) -> jax.Array:
     """The logarithm of a sum, with derivatives next to infinity, too."""
-    return jnp.logaddexp(x, y)
+    if not jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return jnp.logaddexp(x, y)
+    # Torch leaves the imaginary part as it comes, and does not bring it next to zero.
+    swaps = x.real < y.real
+    large, small = jnp.where(swaps, y, x), jnp.where(swaps, x, y)
+    nothing = jnp.isneginf(large.real)
+    return jnp.where(nothing, small, large + jnp.log1p(jnp.exp(jnp.where(nothing, 0, small - large))))
 
 
 @logaddexp.defjvp

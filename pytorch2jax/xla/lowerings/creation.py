@@ -54,7 +54,7 @@ def scalar_tensor(value: Any, *, dtype: Any = None, out: Out) -> jax.Array:
 
 @lowers("aten.eye.default", "aten.eye.m")
 def eye(n: int, m: int | None = None, *, dtype: Any = None, out: Out) -> jax.Array:
-    return jnp.eye(*out.shape, dtype=out.dtype)
+    return jnp.eye(out.shape[0], out.shape[1], dtype=out.dtype)
 
 
 @lowers("aten.arange.default", "aten.arange.start", "aten.arange.start_step", "aten.range.default", "aten.range.step")

@@ -472,7 +472,18 @@ def gcd(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
 
 @lowers("aten.nextafter.default")
 def nextafter(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
-    return jnp.nextafter(x.astype(out.dtype), y.astype(out.dtype))
+    return _nextafter(*jnp.broadcast_arrays(x.astype(out.dtype), y.astype(out.dtype)))
+
+
+@jax.custom_jvp
+def _nextafter(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.nextafter(x, y)
+
+
+@_nextafter.defjvp
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (x, y), (tangent, _) = primals, tangents
+    return _nextafter(x, y), jnp.where(x == y, 0, tangent)
 
 
 @lowers("aten.heaviside.default")
