@@ -167,7 +167,7 @@ class Recorder(TorchDispatchMode):
             return self._batch_norm(*args, **kwargs)
         if func._schema.is_mutable:
             return self._in_place(func, args, kwargs)
-        if rule_for(func) is None and not func.is_view and func not in self._apart:
+        if rule_for(func) is None and func not in self._apart:
             whole = decomposition(func)
             if whole is not None:
                 self._apart.append(func)
@@ -216,6 +216,8 @@ class Recorder(TorchDispatchMode):
         variant, takes_written = found
         if not takes_written:
             kwargs = {name: value for name, value in kwargs.items() if not any(value is w for w in written)}
+        if _names(func)[: len(args)] != _names(variant)[: len(args)] and set(_names(func)) <= set(_names(variant)):
+            args, kwargs = (), {**dict(zip(_names(func), args, strict=False)), **kwargs}  # `polygamma` begins with `n`
         with self:
             new = variant(*args, **kwargs)
         values = list(new) if isinstance(new, (list, tuple)) else [new]
@@ -399,6 +401,10 @@ _MOVES: dict[Any, Any] = {
     aten.as_strided_.default: aten.as_strided.default,
     aten.detach_.default: aten.detach.default,
 }
+
+
+def _names(func: OpOverload) -> list[str]:
+    return [argument.name for argument in func._schema.arguments]
 
 
 def _written(func: OpOverload, args: Any, kwargs: Any) -> list[torch.Tensor]:

@@ -18,7 +18,9 @@ aten = torch.ops.aten
 
 
 def decomposition(operator: OpOverload) -> Callable[..., Any] | None:
-    """The operator in terms of others, or None."""
+    """The operator in terms of others, or None. Views are left whole, but for those that may copy, like `to`."""
+    if operator.is_view:
+        return operator.decompose if operator._can_decompose() else None
     found = _decompositions().get(operator)
     if found is not None:
         return found

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+_HALF = (np.dtype(np.float16), np.dtype(jnp.bfloat16))
 _PYTHON = {bool: np.bool_, int: np.int64, float: np.float64, complex: np.complex128}
 
 
@@ -18,6 +19,11 @@ def category(dtype: Any) -> int:
     if jnp.issubdtype(dtype, jnp.integer):
         return 1
     return 3 if jnp.issubdtype(dtype, jnp.complexfloating) else 2
+
+
+def precise(x: jax.Array) -> jax.Array:
+    """Half precision as single precision, in which torch adds it up."""
+    return x.astype(np.float32) if x.dtype in _HALF else x
 
 
 def result_type(*values: Any, default: Any = np.float32) -> np.dtype[Any]:

@@ -15,7 +15,7 @@ from jax import lax
 
 from pytorch2jax.xla._registry import Out, lowers
 from pytorch2jax.xla.lowerings import _special as special
-from pytorch2jax.xla.lowerings._promotion import category, result_type
+from pytorch2jax.xla.lowerings._promotion import category, precise, result_type
 
 # -- one argument, computed in the dtype of the result -------------------------------------------------------
 
@@ -126,16 +126,26 @@ _UNARY: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def _in_dtype_of_result(function: Callable[[jax.Array], jax.Array]) -> Callable[..., jax.Array]:
+def _in_dtype_of_result(function: Callable[[jax.Array], jax.Array], *, widens: bool) -> Callable[..., jax.Array]:
     def rule(x: jax.Array, *, out: Out) -> jax.Array:
         # The absolute value and the angle of complex numbers are real, and computed of the complex ones.
-        return function(x if category(x.dtype) == 3 else x.astype(out.dtype))
+        x = x if category(x.dtype) == 3 else x.astype(out.dtype)
+        return function(precise(x) if widens else x)
 
     return rule
 
 
+_WIDENS = frozenset(name for name in _UNARY if name.startswith("special_")) | {
+    "digamma",
+    "erfinv",
+    "i0",
+    "lgamma",
+    "sinc",
+}
+"""Functions of several steps, of which half precision would round each. Torch takes them in single precision."""
+
 for _name, _function in _UNARY.items():
-    lowers(f"aten.{_name}.default")(_in_dtype_of_result(_function))
+    lowers(f"aten.{_name}.default")(_in_dtype_of_result(_function, widens=_name in _WIDENS))
 
 
 @lowers("aten.positive.default")
@@ -173,7 +183,7 @@ def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 
 @lowers("aten.polygamma.default")
 def polygamma(n: int, x: jax.Array, *, out: Out) -> jax.Array:
-    return special.polygamma(n, x.astype(out.dtype))
+    return special.polygamma(n, precise(x.astype(out.dtype)))
 
 
 @lowers("aten.nan_to_num.default")
@@ -515,17 +525,17 @@ def xlog1py(x: Any, y: Any, *, out: Out) -> jax.Array:
 
 @lowers("aten.special_zeta.default", "aten.special_zeta.other_scalar", "aten.special_zeta.self_scalar")
 def zeta(x: Any, q: Any, *, out: Out) -> jax.Array:
-    return special.zeta(jnp.asarray(x, out.dtype), jnp.asarray(q, out.dtype))
+    return special.zeta(precise(jnp.asarray(x, out.dtype)), precise(jnp.asarray(q, out.dtype)))
 
 
 @lowers("aten.igamma.default")
 def igamma(a: jax.Array, x: jax.Array, *, out: Out) -> jax.Array:
-    return jsp.gammainc(lax.stop_gradient(a.astype(out.dtype)), x.astype(out.dtype))
+    return jsp.gammainc(lax.stop_gradient(precise(a.astype(out.dtype))), precise(x.astype(out.dtype)))
 
 
 @lowers("aten.igammac.default")
 def igammac(a: jax.Array, x: jax.Array, *, out: Out) -> jax.Array:
-    return jsp.gammaincc(lax.stop_gradient(a.astype(out.dtype)), x.astype(out.dtype))
+    return jsp.gammaincc(lax.stop_gradient(precise(a.astype(out.dtype))), precise(x.astype(out.dtype)))
 
 
 @lowers("aten.lerp.Scalar", "aten.lerp.Tensor")

@@ -12,9 +12,8 @@ from jax import lax
 
 from pytorch2jax.xla._registry import Out, lowers
 from pytorch2jax.xla.lowerings._promotion import category
+from pytorch2jax.xla.lowerings._promotion import precise as precise  # for the other rules, too
 from pytorch2jax.xla.lowerings._special import absolute
-
-_NARROW = (np.dtype("float16"), np.dtype(jnp.bfloat16))
 
 
 def axes(x: jax.Array, dim: int | Sequence[int] | None) -> tuple[int, ...] | None:
@@ -23,11 +22,6 @@ def axes(x: jax.Array, dim: int | Sequence[int] | None) -> tuple[int, ...] | Non
         return None
     dims = (dim,) if isinstance(dim, int) else tuple(dim)
     return tuple(d % x.ndim for d in dims) if x.ndim else ()
-
-
-def precise(x: jax.Array) -> jax.Array:
-    """Half precision as single precision, in which torch adds it up."""
-    return x.astype(np.float32) if x.dtype in _NARROW else x
 
 
 @lowers("aten.sum.default", "aten.sum.dim_IntList")
