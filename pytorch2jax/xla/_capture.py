@@ -221,11 +221,15 @@ class Recorder(TorchDispatchMode):
         with self:
             new = variant(*args, **kwargs)
         values = list(new) if isinstance(new, (list, tuple)) else [new]
-        for tensor, value in zip(written, values, strict=False):
+        n_fresh = sum(r.alias_info is None for r in func._schema.returns)
+        for tensor, value in zip(written, values[n_fresh:], strict=False):
             self._write(tensor, value)
+        if n_fresh:
+            return values[0] if n_fresh == 1 else tuple(values[:n_fresh])
         if not func._schema.returns:
             return None
-        return written[0] if len(written) == 1 and not isinstance(new, (list, tuple)) else tuple(written)
+        alone = len(func._schema.returns) == 1 and str(func._schema.returns[0].type) == "Tensor"
+        return written[0] if alone else tuple(written)
 
     def _write(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
         with self:

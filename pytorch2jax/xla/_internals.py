@@ -48,8 +48,10 @@ def functional_variant(operator: OpOverload) -> tuple[OpOverload, bool] | None:
     """
     namespace, name = operator._schema.name.split("::")
     packets = getattr(torch.ops, namespace)
-    if name.endswith("_") and not name.endswith("__"):
-        for candidate in (name[:-1], f"{name[:-1]}_functional"):
+    if name.endswith("_"):
+        # `__iand__` has `__and__`.
+        candidates = (f"__{name[3:]}",) if name.endswith("__") else (name[:-1], f"{name[:-1]}_functional")
+        for candidate in candidates:
             packet = getattr(packets, candidate, None)
             found = None if packet is None else _with_arguments(packet, _arguments(operator), operator._overloadname)
             if found is not None:
@@ -57,7 +59,9 @@ def functional_variant(operator: OpOverload) -> tuple[OpOverload, bool] | None:
         return None
     written = [a.name for a in operator._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     if not all(a.kwarg_only for a in operator._schema.arguments if a.name in written):
-        return None
+        packet = getattr(packets, f"{name}_functional", None)
+        found = None if packet is None else _with_arguments(packet, _arguments(operator))
+        return None if found is None else (found, True)
     wanted = [argument for argument in _arguments(operator) if argument[0] not in written]
     found = _with_arguments(getattr(packets, name), wanted)
     return None if found is None else (found, False)
@@ -76,7 +80,8 @@ def _with_arguments(packet: Any, wanted: list[tuple[str, str]], named: str = "")
         candidate = getattr(packet, overload)
         if _arguments(candidate) == wanted and not candidate._schema.is_mutable:
             return candidate
-    return getattr(packet, named) if named in packet.overloads() else None
+    fallback = getattr(packet, named) if named in packet.overloads() else None
+    return None if fallback is None or fallback._schema.is_mutable else fallback
 
 
 _PATCH = threading.Lock()

@@ -48,7 +48,8 @@ def run(equations: Sequence[Equation], env: dict[Var, Any], key: Any) -> None:
         if rule.wants_out:
             kwargs["out"] = outs if equation.several else outs[0]
         if rule.wants_key and equation.draw is not None:
-            kwargs["key"] = jax.random.fold_in(key, equation.draw)
+            # Some draw nothing with these arguments, and then there may be no key.
+            kwargs["key"] = None if key is None else jax.random.fold_in(key, equation.draw)
         results = rule.function(*args, **kwargs)
         results = results if equation.several else (results,)
         for var, out, result in zip(equation.outputs, outs, results, strict=True):
