@@ -63,8 +63,13 @@ def functional_variant(operator: OpOverload) -> tuple[OpOverload, bool] | None:
         found = None if packet is None else _with_arguments(packet, _arguments(operator))
         return None if found is None else (found, True)
     wanted = [argument for argument in _arguments(operator) if argument[0] not in written]
-    found = _with_arguments(getattr(packets, name), wanted)
+    packet = getattr(packets, name)
+    found = _with_arguments(packet, wanted) or _with_arguments(packet, [*wanted, *_HOW_TO_CREATE])
     return None if found is None else (found, False)
+
+
+_HOW_TO_CREATE = [(a.name, str(a.type)) for a in aten.full.default._schema.arguments[2:]]
+"""What operators that create a tensor ask for where there is no `out`."""
 
 
 def _arguments(operator: OpOverload) -> list[tuple[str, str]]:

@@ -35,7 +35,12 @@ def evaluate(graph: Graph, inputs: Sequence[Any], key: Any) -> list[Any]:
 
 def constant(tensor: torch.Tensor) -> Any:
     """A tensor as an array that may be part of a compiled program."""
-    return t2j(tensor.detach().resolve_conj().resolve_neg(), copy=True)
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    if tensor.dtype is torch.int64 and not jax.config.jax_enable_x64:
+        # The ends of the range stand for infinity. Other numbers that do not fit are an error.
+        wide, narrow = torch.iinfo(torch.int64), torch.iinfo(torch.int32)
+        tensor = tensor.masked_fill(tensor == wide.min, narrow.min).masked_fill(tensor == wide.max, narrow.max)
+    return t2j(tensor, copy=True)
 
 
 def run(equations: Sequence[Equation], env: dict[Var, Any], key: Any) -> None:
