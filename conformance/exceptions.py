@@ -106,6 +106,12 @@ _XLA: tuple[Known, ...] = (
         ("bincount", "masked_select", "unique", "unique_consecutive"),
     ),
     Known(
+        "refused",
+        "The output is a Python number made of values, which a graph does not have.",
+        ("allclose", "equal", "item"),
+    ),
+    Known("refused", "The output is complex32, which JAX does not have.", ("chalf",)),
+    Known(
         "failed",
         "Which of equal elements comes first is not defined, and torch's choice is its algorithm's.",
         ("argsort", "kthvalue", "sort", "topk"),

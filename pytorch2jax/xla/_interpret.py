@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import torch
 
-from pytorch2jax._dtypes import canonical_dtype_t2j
+from pytorch2jax._dtypes import canonical_dtype_t2j, narrowed
 from pytorch2jax._errors import CaptureError
 from pytorch2jax._transfer import t2j
 from pytorch2jax.xla._graph import Equation, Graph, Var, replaced
@@ -36,7 +36,7 @@ def evaluate(graph: Graph, inputs: Sequence[Any], key: Any) -> list[Any]:
 def constant(tensor: torch.Tensor) -> Any:
     """A tensor as an array that may be part of a compiled program."""
     tensor = tensor.detach().resolve_conj().resolve_neg()
-    if tensor.dtype is torch.int64 and not jax.config.jax_enable_x64:
+    if tensor.dtype is torch.int64 and narrowed(tensor.dtype) is torch.int32:
         # The ends of the range stand for infinity. Other numbers that do not fit are an error.
         wide, narrow = torch.iinfo(torch.int64), torch.iinfo(torch.int32)
         tensor = tensor.masked_fill(tensor == wide.min, narrow.min).masked_fill(tensor == wide.max, narrow.max)
