@@ -112,6 +112,12 @@ _XLA: tuple[Known, ...] = (
     ),
     Known("refused", "The output is complex32, which JAX does not have.", ("chalf",)),
     Known(
+        "refused",
+        "The output is uint64 and does not fit into 32 bits.",
+        ("hash_tensor",),
+        ("narrow",),
+    ),
+    Known(
         "failed",
         "Which of equal elements comes first is not defined, and torch's choice is its algorithm's.",
         ("argsort", "kthvalue", "sort", "topk"),

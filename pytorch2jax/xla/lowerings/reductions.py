@@ -201,9 +201,13 @@ def logsumexp(x: jax.Array, dim: Sequence[int], keepdim: bool = False, *, out: O
 def vector_norm(
     x: jax.Array, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, out: Out
 ) -> jax.Array:
-    dims = axes(x, dim)
-    x = precise(x if category(x.dtype) == 3 else x.astype(out.dtype))
-    size = precise(absolute(x).astype(out.dtype))
+    x = x.astype(np.result_type(x.dtype, out.dtype)) if category(x.dtype) == 3 else precise(x.astype(out.dtype))
+    return norm(x, ord, axes(x, dim), keepdim)
+
+
+def norm(x: jax.Array, ord: Any, dims: tuple[int, ...] | None, keepdim: bool) -> jax.Array:
+    """The norm of order `ord`. Where it has a kink, its derivative is 0."""
+    size = absolute(x)
     if ord == 0:
         return jnp.sum((size != 0).astype(size.dtype), axis=dims, keepdims=keepdim)
     if ord == float("inf"):
@@ -213,7 +217,7 @@ def vector_norm(
     if ord == 1:
         return jnp.sum(size, axis=dims, keepdims=keepdim)
     if ord == 2:
-        return _root(jnp.sum(jnp.real(x * jnp.conj(x)).astype(size.dtype), axis=dims, keepdims=keepdim))
+        return _root(jnp.sum(jnp.real(x * jnp.conj(x)), axis=dims, keepdims=keepdim))
     none = size == 0  # where torch has no derivative
     powers = jnp.where(none, 0 if ord > 0 else jnp.inf, jnp.where(none, 1, size) ** ord)
     total = jnp.sum(powers, axis=dims, keepdims=keepdim)
