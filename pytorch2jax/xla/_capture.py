@@ -216,8 +216,8 @@ class Recorder(TorchDispatchMode):
         variant, takes_written = found
         if not takes_written:
             kwargs = {name: value for name, value in kwargs.items() if not any(value is w for w in written)}
-            if "dtype" in set(_names(variant)) - set(_names(func)):
-                kwargs["dtype"] = written[0].dtype
+            for name in {"dtype", "device"} & (set(_names(variant)) - set(_names(func))):
+                kwargs[name] = getattr(written[0], name)
         if _names(func)[: len(args)] != _names(variant)[: len(args)] and set(_names(func)) <= set(_names(variant)):
             args, kwargs = (), {**dict(zip(_names(func), args, strict=False)), **kwargs}  # `polygamma` begins with `n`
         with self:
