@@ -7,8 +7,6 @@ parts have one. What remains is left to the bridge.
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
 import traceback
 from collections.abc import Callable, Sequence
@@ -232,6 +230,10 @@ class Recorder(TorchDispatchMode):
         variant, takes_written = found
         if not takes_written:
             kwargs = {name: value for name, value in kwargs.items() if not any(value is w for w in written)}
+            for name in {"dtype", "device"} & (set(_names(variant)) - set(_names(func))):
+                kwargs[name] = getattr(written[0], name)
+        if _names(func)[: len(args)] != _names(variant)[: len(args)] and set(_names(func)) <= set(_names(variant)):
+            args, kwargs = (), {**dict(zip(_names(func), args, strict=False)), **kwargs}  # `polygamma` begins with `n`
         with self:
             new = variant(*args, **kwargs)
         values = list(new) if isinstance(new, (list, tuple)) else [new]
@@ -239,7 +241,8 @@ class Recorder(TorchDispatchMode):
             self._write(tensor, value)
         if not func._schema.returns:
             return None
-        return written[0] if len(written) == 1 and not isinstance(new, (list, tuple)) else tuple(written)
+        alone = len(func._schema.returns) == 1 and str(func._schema.returns[0].type) == "Tensor"
+        return written[0] if alone else tuple(written)
 
     def _with_results(self, func: OpOverload, whole: OpOverload, args: Any, kwargs: Any, written: Any) -> Any:
         """An operator that has results, and writes to some of its arguments: statistics, noise."""
@@ -464,6 +467,10 @@ _MOVES: dict[Any, Any] = {
     aten.resize_.default: _resized,
     aten.resize_as_.default: lambda x, like, **options: _resized(x, like.shape),
 }
+
+
+def _names(func: Any) -> list[str]:
+    return [argument.name for argument in func._schema.arguments] if isinstance(func, OpOverload) else []
 
 
 def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:

@@ -63,22 +63,45 @@ def functional_variant(operator: OpOverload) -> tuple[Callable[..., Any], bool] 
         return _bernoulli, True
     namespace, name = operator._schema.name.split("::")
     packets = getattr(torch.ops, namespace)
-    if name.endswith("_") and not name.endswith("__"):
-        for candidate in (name[:-1], f"{name[:-1]}_functional"):
+    if name.endswith("_"):
+        # `__iand__` has `__and__`.
+        candidates = (f"__{name[3:]}",) if name.endswith("__") else (name[:-1], f"{name[:-1]}_functional")
+        for candidate in candidates:
             packet = getattr(packets, candidate, None)
-            if packet is not None and operator._overloadname in packet.overloads():
-                return getattr(packet, operator._overloadname), True
+            found = None if packet is None else _with_arguments(packet, _arguments(operator), operator._overloadname)
+            if found is not None:
+                return found, True
         return None
     written = [a.name for a in operator._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     if not all(a.kwarg_only for a in operator._schema.arguments if a.name in written):
-        return None
-    wanted = [(a.name, str(a.type)) for a in operator._schema.arguments if a.name not in written]
+        packet = getattr(packets, f"{name}_functional", None)
+        found = None if packet is None else _with_arguments(packet, _arguments(operator))
+        return None if found is None else (found, True)
+    wanted = [argument for argument in _arguments(operator) if argument[0] not in written]
     packet = getattr(packets, name)
+    found = _with_arguments(packet, wanted) or _with_arguments(packet, [*wanted, *_HOW_TO_CREATE])
+    return None if found is None else (found, False)
+
+
+_HOW_TO_CREATE = [(a.name, str(a.type)) for a in aten.full.default._schema.arguments[2:]]
+"""What operators that create a tensor ask for where there is no `out`."""
+
+
+def _arguments(operator: OpOverload) -> list[tuple[str, str]]:
+    return [(a.name, str(a.type)) for a in operator._schema.arguments]
+
+
+def _with_arguments(packet: Any, wanted: list[tuple[str, str]], named: str = "") -> OpOverload | None:
+    """The overload that takes these arguments; else the one of that name.
+
+    `pow_.Scalar` is `pow.Tensor_Scalar`: in `pow.Scalar`, the base is a number.
+    """
     for overload in packet.overloads():
         candidate = getattr(packet, overload)
-        if [(a.name, str(a.type)) for a in candidate._schema.arguments] == wanted:
-            return candidate, False
-    return None
+        if _arguments(candidate) == wanted and not candidate._schema.is_mutable:
+            return candidate
+    fallback = getattr(packet, named) if named in packet.overloads() else None
+    return None if fallback is None or fallback._schema.is_mutable else fallback
 
 
 @functools.cache
@@ -109,8 +132,8 @@ def custom_functions(call: Callable[..., Any]) -> Iterator[None]:
         return call(real, cls, *args, **kwargs) if threading.get_ident() == thread else real(*args, **kwargs)
 
     with _PATCH:
-        _SingleLevelFunction.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+        _SingleLevelFunction.apply = classmethod(apply)  # type: ignore[attr-defined]
         try:
             yield
         finally:
-            del _SingleLevelFunction.apply
+            del _SingleLevelFunction.apply  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import torch
 
-from pytorch2jax._dtypes import canonical_dtype_t2j
+from pytorch2jax._dtypes import canonical_dtype_t2j, narrowed
 from pytorch2jax._errors import CaptureError
 from pytorch2jax._transfer import t2j
 from pytorch2jax.xla._graph import Equation, Graph, Var, replaced
@@ -35,7 +35,12 @@ def evaluate(graph: Graph, inputs: Sequence[Any], key: Any) -> list[Any]:
 
 def constant(tensor: torch.Tensor) -> Any:
     """A tensor as an array that may be part of a compiled program."""
-    return t2j(tensor.detach().resolve_conj().resolve_neg(), copy=True)
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    if tensor.dtype is torch.int64 and narrowed(tensor.dtype) is torch.int32:
+        # The ends of the range stand for infinity. Other numbers that do not fit are an error.
+        wide, narrow = torch.iinfo(torch.int64), torch.iinfo(torch.int32)
+        tensor = tensor.masked_fill(tensor == wide.min, narrow.min).masked_fill(tensor == wide.max, narrow.max)
+    return t2j(tensor, copy=True)
 
 
 def run(equations: Sequence[Equation], env: dict[Var, Any], key: Any) -> None:
@@ -48,7 +53,7 @@ def run(equations: Sequence[Equation], env: dict[Var, Any], key: Any) -> None:
         if rule.wants_out:
             kwargs["out"] = outs if equation.several else outs[0]
         if rule.wants_key and equation.draw is not None:
-            # There is none for a function that draws nothing: a dropout that is turned off.
+            # Some draw nothing with these arguments, and then there may be no key.
             kwargs["key"] = None if key is None else jax.random.fold_in(key, equation.draw)
         results = rule.function(*args, **kwargs)
         results = results if equation.several else (results,)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+_HALF = (np.dtype(np.float16), np.dtype(jnp.bfloat16))
 _PYTHON = {bool: np.bool_, int: np.int64, float: np.float64, complex: np.complex128}
 
 
@@ -18,6 +19,24 @@ def category(dtype: Any) -> int:
     if jnp.issubdtype(dtype, jnp.integer):
         return 1
     return 3 if jnp.issubdtype(dtype, jnp.complexfloating) else 2
+
+
+def as_array(value: Any, dtype: Any) -> jax.Array:
+    """An array or a number in a dtype. Whole numbers that do not fit keep their last bits, as in torch.
+
+    But the smallest and the largest number of 64 bits, which stand for infinity, are those of 32 bits where JAX has
+    no others.
+    """
+    if isinstance(value, int) and category(dtype) == 1:
+        wide, own = np.iinfo(np.int64), np.iinfo(dtype)
+        ends = {int(wide.min): own.min, int(wide.max): own.max} if dtype == np.int32 else {}
+        value = np.asarray(ends.get(value, value)).astype(dtype)
+    return jnp.asarray(value, dtype)
+
+
+def precise(x: jax.Array) -> jax.Array:
+    """Half precision as single precision, in which torch adds it up."""
+    return x.astype(np.float32) if x.dtype in _HALF else x
 
 
 def result_type(*values: Any, default: Any = np.float32) -> np.dtype[Any]:

@@ -32,7 +32,13 @@ def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 @jax.custom_jvp
 def logaddexp(x: jax.Array, y: jax.Array) -> jax.Array:
     """The logarithm of a sum, with derivatives next to infinity, too."""
-    return jnp.logaddexp(x, y)
+    if not jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return jnp.logaddexp(x, y)
+    # Torch leaves the imaginary part as it comes, and does not bring it next to zero.
+    swaps = x.real < y.real
+    large, small = jnp.where(swaps, y, x), jnp.where(swaps, x, y)
+    nothing = jnp.isneginf(large.real)
+    return jnp.where(nothing, small, large + jnp.log1p(jnp.exp(jnp.where(nothing, 0, small - large))))
 
 
 @logaddexp.defjvp
@@ -90,7 +96,7 @@ def polygamma(n: int, x: jax.Array) -> jax.Array:
         return jnp.where(x == 0, -jnp.copysign(jnp.full_like(x, jnp.inf), x), jsp.digamma(x))
     if n == 1:
         left = x < 0.5
-        right = zeta(jnp.full_like(x, 2), jnp.where(left, 1 - x, x))
+        right = jnp.where(x == jnp.inf, 0, zeta(jnp.full_like(x, 2), jnp.where(left, 1 - x, x)))
         return jnp.where(left, (np.pi / jnp.sin(np.pi * x)) ** 2 - right, right)
     return (-1) ** (n + 1) * math.factorial(n) * zeta(jnp.full_like(x, n + 1), x)
 
@@ -111,9 +117,10 @@ def zeta(s: jax.Array, q: jax.Array) -> jax.Array:
         total, at = state
         return jnp.where(at < 0, total + jnp.power(at, -s), total), jnp.where(at < 0, at + 1, at)
 
-    start = jnp.where((q < 0) & (q == jnp.floor(q)), 0, q)  # a pole
+    pole = (q <= 0) & (q == jnp.floor(q))
+    start = jnp.where(pole, 1, q)
     total, at = lax.while_loop(lambda state: jnp.any(state[1] < 0), right_of_zero, (jnp.zeros_like(q), start))
-    return total + jsp.zeta(s, at)
+    return jnp.where(pole & (s > 1), jnp.inf, total + jsp.zeta(s, at))
 
 
 @zeta.defjvp

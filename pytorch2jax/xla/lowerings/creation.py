@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pytorch2jax.xla._registry import Out, lowers
+from pytorch2jax.xla.lowerings._promotion import as_array
 
 
 @lowers(
@@ -44,24 +45,24 @@ def ones(*how: Any, dtype: Any = None, out: Out) -> jax.Array:
 )
 def full(like: Any, value: Any, *more: Any, dtype: Any = None, out: Out) -> jax.Array:
     # `new_full(self, size, value)` has one more.
-    return jnp.full(out.shape, more[0] if more else value, out.dtype)
+    return jnp.broadcast_to(as_array(more[0] if more else value, out.dtype), out.shape)
 
 
 @lowers("aten.scalar_tensor.default")
 def scalar_tensor(value: Any, *, dtype: Any = None, out: Out) -> jax.Array:
-    return jnp.asarray(value, out.dtype)
+    return as_array(value, out.dtype)
 
 
 @lowers("aten.eye.default", "aten.eye.m")
 def eye(n: int, m: int | None = None, *, dtype: Any = None, out: Out) -> jax.Array:
-    return jnp.eye(*out.shape, dtype=out.dtype)
+    return jnp.eye(out.shape[0], out.shape[1], dtype=out.dtype)
 
 
 @lowers("aten.arange.default", "aten.arange.start", "aten.arange.start_step", "aten.range.default", "aten.range.step")
 def arange(start: Any, end: Any = None, step: Any = 1, *, dtype: Any = None, out: Out) -> jax.Array:
     first = 0 if end is None else start
     n = out.shape[0]
-    if np.issubdtype(out.dtype, np.integer) and all(float(v).is_integer() for v in (first, step)):
+    if np.issubdtype(out.dtype, np.integer):
         return jnp.asarray(int(first) + int(step) * np.arange(n), out.dtype)
     return jnp.asarray(first + step * np.arange(n, dtype=np.float64), out.dtype)
 
@@ -71,6 +72,8 @@ def linspace(start: Any, end: Any, steps: int, *, dtype: Any = None, out: Out) -
     whole = np.issubdtype(out.dtype, np.integer)
     if steps == 1:
         return jnp.full((1,), start, out.dtype)
+    if whole:
+        start, end = int(start), int(end)
     # From both ends, as torch does.
     step = (end - start) / max(steps - 1, 1)
     n = np.arange(steps)

@@ -15,7 +15,7 @@ from jax import lax
 
 from pytorch2jax.xla._registry import Out, lowers
 from pytorch2jax.xla.lowerings import _special as special
-from pytorch2jax.xla.lowerings._promotion import category, result_type
+from pytorch2jax.xla.lowerings._promotion import as_array, category, precise, result_type
 
 # -- one argument, computed in the dtype of the result -------------------------------------------------------
 
@@ -126,16 +126,26 @@ _UNARY: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def _in_dtype_of_result(function: Callable[[jax.Array], jax.Array]) -> Callable[..., jax.Array]:
+def _in_dtype_of_result(function: Callable[[jax.Array], jax.Array], *, widens: bool) -> Callable[..., jax.Array]:
     def rule(x: jax.Array, *, out: Out) -> jax.Array:
         # The absolute value and the angle of complex numbers are real, and computed of the complex ones.
-        return function(x if category(x.dtype) == 3 else x.astype(out.dtype))
+        x = x if category(x.dtype) == 3 else x.astype(out.dtype)
+        return function(precise(x) if widens else x)
 
     return rule
 
 
+_WIDENS = frozenset(name for name in _UNARY if name.startswith("special_")) | {
+    "digamma",
+    "erfinv",
+    "i0",
+    "lgamma",
+    "sinc",
+}
+"""Functions of several steps, of which half precision would round each. Torch takes them in single precision."""
+
 for _name, _function in _UNARY.items():
-    lowers(f"aten.{_name}.default")(_in_dtype_of_result(_function))
+    lowers(f"aten.{_name}.default")(_in_dtype_of_result(_function, widens=_name in _WIDENS))
 
 
 @lowers("aten.positive.default")
@@ -173,7 +183,7 @@ def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 
 @lowers("aten.polygamma.default")
 def polygamma(n: int, x: jax.Array, *, out: Out) -> jax.Array:
-    return special.polygamma(n, x.astype(out.dtype))
+    return special.polygamma(n, precise(x.astype(out.dtype)))
 
 
 @lowers("aten.nan_to_num.default")
@@ -237,7 +247,7 @@ _COMPARISONS: dict[str, Callable[[Any, Any], jax.Array]] = {
 def _in_common_dtype(function: Callable[[Any, Any], jax.Array]) -> Callable[..., jax.Array]:
     def rule(x: Any, y: Any) -> jax.Array:
         dtype = result_type(x, y)
-        return function(jnp.asarray(x, dtype), jnp.asarray(y, dtype))
+        return function(as_array(x, dtype), as_array(y, dtype))
 
     return rule
 
@@ -277,7 +287,7 @@ def bitwise_not(x: jax.Array) -> jax.Array:
 def _bits(name: str, function: Callable[[Any, Any], jax.Array]) -> None:
     @lowers(f"aten.{name}.Tensor", f"aten.{name}.Scalar", f"aten.{name}.Scalar_Tensor")
     def rule(x: Any, y: Any, *, out: Out) -> jax.Array:
-        return function(jnp.asarray(x, out.dtype), jnp.asarray(y, out.dtype))
+        return function(as_array(x, out.dtype), as_array(y, out.dtype))
 
 
 _bits("bitwise_and", jnp.bitwise_and)
@@ -301,7 +311,7 @@ for _names, _shift in (
 ):
 
     def _shifted(x: Any, y: Any, *, out: Out, _shift: Callable[[Any, Any], jax.Array] = _shift) -> jax.Array:
-        return _shift(jnp.asarray(x, out.dtype), jnp.asarray(y, out.dtype))
+        return _shift(as_array(x, out.dtype), as_array(y, out.dtype))
 
     lowers(f"aten.{_names[0]}.Tensor", f"aten.{_names[0]}.Tensor_Scalar", f"aten.{_names[0]}.Scalar_Tensor")(_shifted)
     lowers(f"aten.{_names[1]}.Tensor", f"aten.{_names[1]}.Scalar")(_shifted)
@@ -312,14 +322,14 @@ for _names, _shift in (
 
 @lowers("aten.add.Tensor", "aten.add.Scalar")
 def add(x: Any, y: Any, alpha: Any = 1, *, out: Out) -> jax.Array:
-    x, y = jnp.asarray(x, out.dtype), jnp.asarray(y, out.dtype)
-    return x + (y if alpha == 1 else jnp.asarray(alpha, out.dtype) * y)
+    x, y = as_array(x, out.dtype), as_array(y, out.dtype)
+    return x + (y if alpha == 1 else as_array(alpha, out.dtype) * y)
 
 
 @lowers("aten.sub.Tensor", "aten.sub.Scalar")
 def sub(x: Any, y: Any, alpha: Any = 1, *, out: Out) -> jax.Array:
-    x, y = jnp.asarray(x, out.dtype), jnp.asarray(y, out.dtype)
-    return x - (y if alpha == 1 else jnp.asarray(alpha, out.dtype) * y)
+    x, y = as_array(x, out.dtype), as_array(y, out.dtype)
+    return x - (y if alpha == 1 else as_array(alpha, out.dtype) * y)
 
 
 @lowers("aten.rsub.Tensor", "aten.rsub.Scalar")
@@ -329,17 +339,17 @@ def rsub(x: Any, y: Any, alpha: Any = 1, *, out: Out) -> jax.Array:
 
 @lowers("aten.mul.Tensor", "aten.mul.Scalar")
 def mul(x: Any, y: Any, *, out: Out) -> jax.Array:
-    return jnp.asarray(x, out.dtype) * jnp.asarray(y, out.dtype)
+    return as_array(x, out.dtype) * as_array(y, out.dtype)
 
 
 @lowers("aten.div.Tensor", "aten.div.Scalar", "aten.true_divide.Tensor")
 def div(x: Any, y: Any, *, out: Out) -> jax.Array:
-    return jnp.asarray(x, out.dtype) / jnp.asarray(y, out.dtype)
+    return as_array(x, out.dtype) / as_array(y, out.dtype)
 
 
 @lowers("aten.div.Tensor_mode", "aten.div.Scalar_mode")
 def div_mode(x: Any, y: Any, *, rounding_mode: str | None, out: Out) -> jax.Array:
-    x, y = jnp.asarray(x, out.dtype), jnp.asarray(y, out.dtype)
+    x, y = as_array(x, out.dtype), as_array(y, out.dtype)
     if rounding_mode is None:
         return x / y
     if rounding_mode == "floor":
@@ -363,19 +373,19 @@ def _floor_divide(x: jax.Array, y: jax.Array) -> jax.Array:
 
 @lowers("aten.floor_divide.default", "aten.floor_divide.Scalar")
 def floor_divide(x: Any, y: Any, *, out: Out) -> jax.Array:
-    return _floor_divide(jnp.asarray(x, out.dtype), jnp.asarray(y, out.dtype))
+    return _floor_divide(as_array(x, out.dtype), as_array(y, out.dtype))
 
 
 @lowers("aten.remainder.Tensor", "aten.remainder.Scalar", "aten.remainder.Scalar_Tensor")
 def remainder(x: Any, y: Any, *, out: Out) -> jax.Array:
-    x, y = jnp.broadcast_arrays(jnp.asarray(x, out.dtype), jnp.asarray(y, out.dtype))
+    x, y = jnp.broadcast_arrays(as_array(x, out.dtype), as_array(y, out.dtype))
     rest = lax.rem(x, y)
     return jnp.where((rest != 0) & ((rest < 0) != (y < 0)), rest + y, rest)
 
 
 @lowers("aten.fmod.Tensor", "aten.fmod.Scalar")
 def fmod(x: Any, y: Any, *, out: Out) -> jax.Array:
-    return lax.rem(*jnp.broadcast_arrays(jnp.asarray(x, out.dtype), jnp.asarray(y, out.dtype)))
+    return lax.rem(*jnp.broadcast_arrays(as_array(x, out.dtype), as_array(y, out.dtype)))
 
 
 @lowers("aten.pow.Tensor_Tensor", "aten.pow.Tensor_Scalar", "aten.pow.Scalar")
@@ -386,7 +396,7 @@ def pow_(x: Any, y: Any, *, out: Out) -> jax.Array:
             return lax.integer_pow(x, int(y))
         if y == 0.5 and category(out.dtype) >= 2:
             return jnp.sqrt(x)
-    x, y = jnp.asarray(x, out.dtype), jnp.asarray(y, out.dtype)
+    x, y = as_array(x, out.dtype), as_array(y, out.dtype)
     return _power_of_whole(x, y) if category(out.dtype) <= 1 else _power(*jnp.broadcast_arrays(x, y))
 
 
@@ -440,7 +450,7 @@ def hypot(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
 def copysign(x: jax.Array, y: Any, *, out: Out) -> jax.Array:
     x = x.astype(out.dtype)
     x = jnp.where(x == 0, lax.stop_gradient(x), x)  # torch has no derivative there
-    return jnp.copysign(x, lax.stop_gradient(jnp.asarray(y, out.dtype)))
+    return jnp.copysign(x, lax.stop_gradient(as_array(y, out.dtype)))
 
 
 @lowers("aten.maximum.default")
@@ -472,7 +482,18 @@ def gcd(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
 
 @lowers("aten.nextafter.default")
 def nextafter(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
-    return jnp.nextafter(x.astype(out.dtype), y.astype(out.dtype))
+    return _nextafter(*jnp.broadcast_arrays(x.astype(out.dtype), y.astype(out.dtype)))
+
+
+@jax.custom_jvp
+def _nextafter(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.nextafter(x, y)
+
+
+@_nextafter.defjvp
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (x, y), (tangent, _) = primals, tangents
+    return _nextafter(x, y), jnp.where(x == y, 0, tangent)
 
 
 @lowers("aten.heaviside.default")
@@ -482,7 +503,7 @@ def heaviside(x: jax.Array, y: jax.Array) -> jax.Array:
 
 @lowers("aten.xlogy.Tensor", "aten.xlogy.Scalar_Self", "aten.xlogy.Scalar_Other")
 def xlogy(x: Any, y: Any, *, out: Out) -> jax.Array:
-    x, y = jnp.asarray(x, out.dtype), jnp.asarray(y, out.dtype)
+    x, y = as_array(x, out.dtype), as_array(y, out.dtype)
     return x * jnp.log(jnp.where((x == 0) & ((y <= 0) | jnp.isinf(y)), 1, y))
 
 
@@ -498,40 +519,40 @@ def logaddexp2(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
 
 @lowers("aten.special_xlog1py.default", "aten.special_xlog1py.other_scalar", "aten.special_xlog1py.self_scalar")
 def xlog1py(x: Any, y: Any, *, out: Out) -> jax.Array:
-    x, y = jnp.asarray(x, out.dtype), jnp.asarray(y, out.dtype)
+    x, y = as_array(x, out.dtype), as_array(y, out.dtype)
     return x * jnp.log1p(jnp.where((x == 0) & ((y <= -1) | jnp.isinf(y)), 0, y))
 
 
 @lowers("aten.special_zeta.default", "aten.special_zeta.other_scalar", "aten.special_zeta.self_scalar")
 def zeta(x: Any, q: Any, *, out: Out) -> jax.Array:
-    return special.zeta(jnp.asarray(x, out.dtype), jnp.asarray(q, out.dtype))
+    return special.zeta(precise(as_array(x, out.dtype)), precise(as_array(q, out.dtype)))
 
 
 @lowers("aten.igamma.default")
 def igamma(a: jax.Array, x: jax.Array, *, out: Out) -> jax.Array:
-    return jsp.gammainc(lax.stop_gradient(a.astype(out.dtype)), x.astype(out.dtype))
+    return jsp.gammainc(lax.stop_gradient(precise(a.astype(out.dtype))), precise(x.astype(out.dtype)))
 
 
 @lowers("aten.igammac.default")
 def igammac(a: jax.Array, x: jax.Array, *, out: Out) -> jax.Array:
-    return jsp.gammaincc(lax.stop_gradient(a.astype(out.dtype)), x.astype(out.dtype))
+    return jsp.gammaincc(lax.stop_gradient(precise(a.astype(out.dtype))), precise(x.astype(out.dtype)))
 
 
 @lowers("aten.lerp.Scalar", "aten.lerp.Tensor")
 def lerp(x: jax.Array, y: jax.Array, weight: Any, *, out: Out) -> jax.Array:
-    weight = jnp.asarray(weight, out.dtype)
+    weight = as_array(weight, out.dtype)
     near = jnp.abs(weight) < 0.5
     return jnp.where(near, x + weight * (y - x), y - (y - x) * (1 - weight))
 
 
 @lowers("aten.addcmul.default")
 def addcmul(x: jax.Array, y: jax.Array, z: jax.Array, *, value: Any = 1, out: Out) -> jax.Array:
-    return x.astype(out.dtype) + jnp.asarray(value, out.dtype) * y.astype(out.dtype) * z.astype(out.dtype)
+    return x.astype(out.dtype) + as_array(value, out.dtype) * y.astype(out.dtype) * z.astype(out.dtype)
 
 
 @lowers("aten.addcdiv.default")
 def addcdiv(x: jax.Array, y: jax.Array, z: jax.Array, *, value: Any = 1, out: Out) -> jax.Array:
-    return x.astype(out.dtype) + jnp.asarray(value, out.dtype) * (y.astype(out.dtype) / z.astype(out.dtype))
+    return x.astype(out.dtype) + as_array(value, out.dtype) * (y.astype(out.dtype) / z.astype(out.dtype))
 
 
 # -- choice ---------------------------------------------------------------------------------------------------
@@ -539,7 +560,7 @@ def addcdiv(x: jax.Array, y: jax.Array, z: jax.Array, *, value: Any = 1, out: Ou
 
 @lowers("aten.where.self", "aten.where.Scalar", "aten.where.ScalarSelf", "aten.where.ScalarOther")
 def where(condition: jax.Array, x: Any, y: Any, *, out: Out) -> jax.Array:
-    return jnp.where(condition.astype(bool), jnp.asarray(x, out.dtype), jnp.asarray(y, out.dtype))
+    return jnp.where(condition.astype(bool), as_array(x, out.dtype), as_array(y, out.dtype))
 
 
 @lowers("aten.clamp.default", "aten.clamp.Tensor")
@@ -548,7 +569,7 @@ def clamp(x: jax.Array, min: Any = None, max: Any = None, *, out: Out) -> jax.Ar
     x = x.astype(out.dtype)
     for bound, beyond in ((min, jnp.less), (max, jnp.greater)):
         if bound is not None:
-            bound = jnp.asarray(bound, out.dtype)
+            bound = as_array(bound, out.dtype)
             x = jnp.where(beyond(x, bound) | (bound != bound), bound, x)
     return x
 
@@ -565,12 +586,12 @@ def clamp_max(x: jax.Array, max: Any, *, out: Out) -> jax.Array:
 
 @lowers("aten.masked_fill.Scalar", "aten.masked_fill.Tensor")
 def masked_fill(x: jax.Array, mask: jax.Array, value: Any) -> jax.Array:
-    return jnp.where(mask, jnp.asarray(value, x.dtype), x)
+    return jnp.where(mask, as_array(value, x.dtype), x)
 
 
 @lowers("aten.threshold.default")
 def threshold(x: jax.Array, threshold: Any, value: Any) -> jax.Array:
-    return jnp.where(x <= threshold, jnp.asarray(value, x.dtype), x)
+    return jnp.where(x <= threshold, as_array(value, x.dtype), x)
 
 
 @lowers("aten.copy.default")
@@ -595,7 +616,7 @@ def hardtanh(x: jax.Array, min_val: Any = -1, max_val: Any = 1) -> jax.Array:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _between(x: jax.Array, low: Any, high: Any) -> jax.Array:
     """`x` cut off at both ends, with torch's derivative there: none."""
-    low, high = jnp.asarray(low, x.dtype), jnp.asarray(high, x.dtype)
+    low, high = as_array(low, x.dtype), as_array(high, x.dtype)
     return jnp.where(x < low, low, jnp.where(x > high, high, x))  # minus zero stays
 
 
@@ -607,7 +628,7 @@ def _(low: Any, high: Any, primals: Any, tangents: Any) -> tuple[Any, Any]:
 
 @lowers("aten.leaky_relu.default")
 def leaky_relu(x: jax.Array, negative_slope: Any = 0.01) -> jax.Array:
-    return jnp.where(x > 0, x, x * jnp.asarray(negative_slope, x.dtype))
+    return jnp.where(x > 0, x, x * as_array(negative_slope, x.dtype))
 
 
 @lowers("aten._prelu_kernel.default")
@@ -630,7 +651,7 @@ def celu(x: jax.Array, alpha: Any = 1) -> jax.Array:
 def gelu(x: jax.Array, *, approximate: str = "none") -> jax.Array:
     if approximate == "tanh":
         return jax.nn.gelu(x, approximate=True)
-    return x * 0.5 * (1 + lax.erf(x * jnp.asarray(math.sqrt(0.5), x.dtype)))
+    return x * 0.5 * (1 + lax.erf(x * as_array(math.sqrt(0.5), x.dtype)))
 
 
 @lowers("aten.softplus.default")

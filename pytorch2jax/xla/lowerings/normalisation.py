@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from pytorch2jax.xla._registry import Out, lowers
-from pytorch2jax.xla.lowerings.reductions import precise
+from pytorch2jax.xla.lowerings.reductions import norm, precise
 
 
 def _normalised(x: jax.Array, axes: tuple[int, ...], eps: float) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -185,16 +185,12 @@ def weight_norm(v: jax.Array, g: jax.Array, dim: int = 0) -> tuple[jax.Array, ja
 @lowers("aten.renorm.default")
 def renorm(x: jax.Array, p: Any, dim: int, maxnorm: Any) -> jax.Array:
     axes = tuple(i for i in range(x.ndim) if i != dim % x.ndim)
-    size = jnp.abs(precise(x))
-    if p == float("inf"):
-        norm = jnp.max(size, axis=axes, keepdims=True, initial=0)
-    else:
-        norm = jnp.sum(size**p, axis=axes, keepdims=True) ** (1 / p)
-    return jnp.where(norm > maxnorm, x * (maxnorm / (norm + 1e-7)), x)
+    size = norm(precise(x), p, axes, True)
+    return jnp.where(size > maxnorm, x * (maxnorm / (size + 1e-7)), x)
 
 
 @lowers("aten.embedding_renorm.default")
 def embedding_renorm(weight: jax.Array, indices: jax.Array, max_norm: float, norm_type: float) -> jax.Array:
-    norm = jnp.sum(jnp.abs(weight) ** norm_type, axis=1, keepdims=True) ** (1 / norm_type)
+    size = norm(precise(weight), norm_type, (1,), True)
     used = jnp.zeros(weight.shape[0], bool).at[indices.reshape(-1)].set(True)[:, None]
-    return jnp.where(used & (norm > max_norm), weight * (max_norm / (norm + 1e-7)), weight)
+    return jnp.where(used & (size > max_norm), weight * (max_norm / (size + 1e-7)), weight)

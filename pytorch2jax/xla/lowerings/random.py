@@ -113,7 +113,7 @@ def rrelu(
     key: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     if not training:
-        return jnp.where(x >= 0, x, x * ((lower + upper) / 2)), noise
+        return jnp.where(x > 0, x, x * ((lower + upper) / 2)), noise
     slope = jax.random.uniform(key, x.shape, _real(x.dtype), lower, upper).astype(x.dtype)
     slope = jnp.where(x <= 0, slope, 1)
     return x * slope, slope

@@ -12,9 +12,8 @@ from jax import lax
 
 from pytorch2jax.xla._registry import Out, lowers
 from pytorch2jax.xla.lowerings._promotion import category
+from pytorch2jax.xla.lowerings._promotion import precise as precise  # for the other rules, too
 from pytorch2jax.xla.lowerings._special import absolute
-
-_NARROW = (np.dtype("float16"), np.dtype(jnp.bfloat16))
 
 
 def axes(x: jax.Array, dim: int | Sequence[int] | None) -> tuple[int, ...] | None:
@@ -23,11 +22,6 @@ def axes(x: jax.Array, dim: int | Sequence[int] | None) -> tuple[int, ...] | Non
         return None
     dims = (dim,) if isinstance(dim, int) else tuple(dim)
     return tuple(d % x.ndim for d in dims) if x.ndim else ()
-
-
-def precise(x: jax.Array) -> jax.Array:
-    """Half precision as single precision, in which torch adds it up."""
-    return x.astype(np.float32) if x.dtype in _NARROW else x
 
 
 @lowers("aten.sum.default", "aten.sum.dim_IntList")
@@ -207,9 +201,13 @@ def logsumexp(x: jax.Array, dim: Sequence[int], keepdim: bool = False, *, out: O
 def vector_norm(
     x: jax.Array, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, out: Out
 ) -> jax.Array:
-    dims = axes(x, dim)
-    x = precise(x if category(x.dtype) == 3 else x.astype(out.dtype))
-    size = precise(absolute(x).astype(out.dtype))
+    x = x.astype(np.result_type(x.dtype, out.dtype)) if category(x.dtype) == 3 else precise(x.astype(out.dtype))
+    return norm(x, ord, axes(x, dim), keepdim)
+
+
+def norm(x: jax.Array, ord: Any, dims: tuple[int, ...] | None, keepdim: bool) -> jax.Array:
+    """The norm of order `ord`. Where it has a kink, its derivative is 0."""
+    size = absolute(x)
     if ord == 0:
         return jnp.sum((size != 0).astype(size.dtype), axis=dims, keepdims=keepdim)
     if ord == float("inf"):
@@ -219,7 +217,7 @@ def vector_norm(
     if ord == 1:
         return jnp.sum(size, axis=dims, keepdims=keepdim)
     if ord == 2:
-        return _root(jnp.sum(jnp.real(x * jnp.conj(x)).astype(size.dtype), axis=dims, keepdims=keepdim))
+        return _root(jnp.sum(jnp.real(x * jnp.conj(x)), axis=dims, keepdims=keepdim))
     none = size == 0  # where torch has no derivative
     powers = jnp.where(none, 0 if ord > 0 else jnp.inf, jnp.where(none, 1, size) ** ord)
     total = jnp.sum(powers, axis=dims, keepdims=keepdim)
