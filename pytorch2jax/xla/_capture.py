@@ -508,5 +508,5 @@ def _not_captured(name: str, error: Exception) -> CaptureError:
     return CaptureError(
         f"{name}: expected a function that can be written down without its values, got {type(error).__name__}{where}: "
         f"{reason} A graph has one course for all values: without `.item()`, `if tensor:`, shapes that depend on "
-        'values, TorchScript, NumPy. Use `backend="torch"`, which runs it as it is.'
+        'values, NumPy. Use `backend="torch"`, which runs it as it is.'
     )

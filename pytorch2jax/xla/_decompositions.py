@@ -82,8 +82,18 @@ def _combinations(x: torch.Tensor, r: int = 2, with_replacement: bool = False) -
 
 
 def _detached(x: torch.Tensor, *owner: Any) -> torch.Tensor:
-    """`x.data` is a tensor that no operator has made."""
-    return x.detach()
+    """`x.detach()`, and `x.data`, which no operator makes.
+
+    Autograd detaches, too, what it saves for its backward pass. Only what is asked for by name cuts derivatives, which
+    is what operators do while grad mode is off.
+    """
+    with torch.no_grad():
+        return x.detach()
+
+
+def _detached_in_place(x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return x.detach_()
 
 
 def _with_lengths(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -124,6 +134,9 @@ OPERATORS: dict[Any, Callable[..., Any]] = {
 
 FUNCTIONS: dict[Any, Callable[..., Any]] = {
     vars(torch._C.TensorBase)["data"].__get__: _detached,
+    torch.detach: _detached,
+    torch.Tensor.detach: _detached,
+    torch.Tensor.detach_: _detached_in_place,
     torch.istft: istft_without_a_check,
     torch.Tensor.istft: istft_without_a_check,
     torch.cov: _cov,

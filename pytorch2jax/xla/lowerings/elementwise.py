@@ -673,9 +673,10 @@ def hardsigmoid(x: jax.Array) -> jax.Array:
 
 @lowers("aten.hardswish.default")
 def hardswish(x: jax.Array) -> jax.Array:
-    curved = (x > -3) & (x < 3)
+    nothing = lax.stop_gradient(x * 0)  # minus zero, and NaN for minus infinity
+    curved = (x >= -3) & (x <= 3)
     between = jnp.where(curved, x, 0)
-    return jnp.where(curved, between * (between + 3) / 6, jnp.where(x <= -3, jnp.zeros_like(x), x))
+    return jnp.where(curved, between * (between + 3) / 6, jnp.where(x < -3, nothing, x)).astype(x.dtype)
 
 
 @lowers("aten.mish.default")

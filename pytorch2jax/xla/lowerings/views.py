@@ -22,6 +22,8 @@ from pytorch2jax.xla._registry import Out, lowers
     "aten.alias.default",
     "aten.alias_copy.default",
     "aten.clone.default",
+    "aten.detach.default",
+    "aten.detach_copy.default",
     "aten.lift.default",
     "aten.lift_fresh.default",
     "aten.lift_fresh_copy.default",
@@ -29,11 +31,6 @@ from pytorch2jax.xla._registry import Out, lowers
 )
 def identity(x: jax.Array) -> jax.Array:
     return x
-
-
-@lowers("aten.detach.default", "aten.detach_copy.default")
-def detach(x: jax.Array) -> jax.Array:
-    return lax.stop_gradient(x)
 
 
 @lowers(
