@@ -24,7 +24,6 @@ DRAWS = {
     "bert",
     "gpt2",
     "t5",
-    "whisper",
 }
 """Models that draw random numbers in train mode, with `backend="xla"` other ones than torch."""
 
