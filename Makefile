@@ -7,10 +7,10 @@ BENCH_VENV := .venv-bench
 BENCH_STAMP := $(BENCH_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env test stress endurance conformance versions lint format demo bench clean
+.PHONY: help env test stress endurance conformance conformance-xla versions lint format demo bench clean
 
 help: ## Show the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
 
 env: $(STAMP) ## Build .venv
 
@@ -33,6 +33,9 @@ endurance: $(STAMP) ## Look for growth over a hundred thousand calls and a thous
 
 conformance: $(STAMP) ## Compare torch's own database of operators with torch (half an hour)
 	$(BIN)/python -m conformance.run $(CONFORMANCE_ARGS)
+
+conformance-xla: $(STAMP) ## The same for backend="xla"
+	PYTORCH2JAX_CONFORMANCE_BACKEND=xla $(BIN)/python -m conformance.run $(CONFORMANCE_ARGS)
 
 versions: ## Run the tests on the lowest declared versions and on the newest ones; builds two more environments
 	$(PYTHON) scripts/versions.py $(VERSIONS_ARGS)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.func import functional_call
 
-from benchmarks.case import CALLBACK, FLAX, OURS, WRAP, LeftOutError
+from benchmarks.case import CALLBACK, FLAX, OURS, OURS_XLA, WRAP, LeftOutError
 from benchmarks.models import Workload
 
 
@@ -49,6 +49,14 @@ def ours(workload: Workload, by_row: bool) -> Bridged:
     device = torch_device()
     apply, params = convert_pytnn_to_jax(workload.model(device))
     return Bridged(apply, params, to_jax(workload.input(device)))
+
+
+def ours_xla(workload: Workload, by_row: bool) -> Bridged:
+    """This library's other engine: the model translated to JAX operations."""
+    from pytorch2jax import convert_pytnn_to_jax
+
+    apply, params = convert_pytnn_to_jax(workload.model("cpu"), backend="xla")
+    return Bridged(apply, params, to_jax(workload.input("cpu")))
 
 
 def wrap(workload: Workload, by_row: bool) -> Bridged:
@@ -116,5 +124,5 @@ def flax(workload: Workload, by_row: bool) -> Bridged:
     return Bridged(lambda p, x: model.apply({"params": p, **variables}, x), params, x)
 
 
-BRIDGES: dict[str, Bridge] = {OURS: ours, WRAP: wrap, CALLBACK: callback, FLAX: flax}
+BRIDGES: dict[str, Bridge] = {OURS: ours, OURS_XLA: ours_xla, WRAP: wrap, CALLBACK: callback, FLAX: flax}
 """By the name of the competitor."""

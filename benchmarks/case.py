@@ -10,6 +10,7 @@ Call = Callable[[], Any]
 """Does the job once and returns what it computed. The worker waits for JAX arrays and for the GPU by itself."""
 
 OURS = "pytorch2jax"
+OURS_XLA = 'pytorch2jax, backend="xla"'
 WRAP = "wrap-torch2jax"
 TORCH = "torch"
 COMPILED = "torch.compile"

@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib
 
-from benchmarks.case import CALLBACK, COMPILED, FLAX, OURS, TORCH, WRAP, XLA
+from benchmarks.case import CALLBACK, COMPILED, FLAX, OURS, OURS_XLA, TORCH, WRAP, XLA
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -18,6 +18,7 @@ from matplotlib.ticker import FuncFormatter
 COLOURS = {
     TORCH: "#000000",
     OURS: "#D55E00",
+    OURS_XLA: "#56B4E9",
     WRAP: "#0072B2",
     XLA: "#999999",
     FLAX: "#009E73",
@@ -25,7 +26,7 @@ COLOURS = {
     COMPILED: "#E69F00",
 }
 MARKERS = {TORCH: "s", OURS: "o", WRAP: "^", XLA: "x", CALLBACK: "D"}
-BARS = (OURS, WRAP, FLAX)
+BARS = (OURS, OURS_XLA, WRAP, FLAX)
 BAR_LIMIT = 4.0
 """Bars end here; higher ones are cut, with their number at the end."""
 

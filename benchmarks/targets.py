@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any, NamedTuple
 
-from benchmarks.case import OURS, TORCH, WRAP
+from benchmarks.case import FLAX, OURS, OURS_XLA, TORCH, WRAP
 from benchmarks.cases.training import TORCH_AND_HEAD
 from benchmarks.contest import BUSY
 from benchmarks.machine import cores
@@ -58,6 +58,11 @@ TARGETS = (
     Target("vmap of 64, MLP", "vmap", MLP_64.name, 1.2),
     Target("vmap of 64, conv net", "vmap", CONV_NET.name, 1.2),
     Target("peak memory of converting with copy=False", "conversion-memory", None, 1.05, TORCH, f"{OURS}, copy=False"),
+    Target('forward, encoder, backend="xla"', "forward", ENCODER.name, 0.65, TORCH, OURS_XLA),
+    Target('value and gradient, encoder, backend="xla"', "value-and-grad", ENCODER.name, 0.85, TORCH, OURS_XLA),
+    Target('value and gradient, small MLP, backend="xla"', "value-and-grad", MLP.name, 0.5, TORCH, OURS_XLA),
+    Target('value and gradient, BERT-base, backend="xla"', "value-and-grad", BERT.name, 1.05, FLAX, OURS_XLA),
+    Target("from call to compiled, BERT-base, in seconds", "compile", BERT.name, 20.0, None, OURS_XLA),
     Target("import beyond jax and torch, in seconds", "import", None, 0.15, None),
 )
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from conformance.compare import WrongError, arrays_of, as_arrays, as_tensors, compare, leaves_of
+from conformance.exceptions import BACKEND
 from conformance.oracle import Differentiable, TorchCannotError, is_random, values
 from conformance.samples import Call
 from pytorch2jax import _eager, torch2jax
@@ -33,7 +34,7 @@ class Converted:
 
     def __init__(self, call: Call, *, key: bool = False) -> None:
         self.call, self._options = call, {"rng": jax.random.key(_KEY)} if key else {}
-        self._function = torch2jax(call.fn)
+        self._function = torch2jax(call.fn, backend=BACKEND)
 
     def __call__(self, *arrays: Any, **options: Any) -> list[Any]:
         args, kwargs = self.call.arguments(arrays)
@@ -294,6 +295,8 @@ def _stacked(rows: list[list[torch.Tensor]]) -> list[torch.Tensor]:
 
 
 _FORWARD = (torch.float32, torch.int64, torch.bool, torch.bfloat16, torch.complex64)
+if BACKEND == "xla":  # other kernels, so that there is more to see
+    _FORWARD = (*_FORWARD, torch.float64)
 _PRECISE = (torch.float64, torch.complex128)
 
 CHECKS: dict[str, tuple[Callable[[Any, Call, Way], None], tuple[torch.dtype, ...]]] = {

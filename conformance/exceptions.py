@@ -6,7 +6,11 @@ fail: `report.complaints` says where it is not so.
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
+
+BACKEND = os.environ.get("PYTORCH2JAX_CONFORMANCE_BACKEND", "torch")
+"""Which engine is checked."""
 
 
 class Known(NamedTuple):
@@ -38,7 +42,7 @@ class Known(NamedTuple):
 
 _SECOND = ("second order",)
 
-KNOWN = (
+_TORCH = (
     Known(
         "refused",
         "The shape of the output depends on values, which is found out at run time.",
@@ -80,6 +84,123 @@ KNOWN = (
         _SECOND,
     ),
 )
+
+
+_XLA: tuple[Known, ...] = (
+    Known(
+        "refused",
+        "The shape of the output depends on values, which XLA has to know before.",
+        (
+            "argwhere",
+            "bincount",
+            "masked_select",
+            "nn.functional.one_hot",
+            "nonzero",
+            "tensor_split",
+            "unique",
+            "unique_consecutive",
+        ),
+    ),
+    Known(
+        "refused",
+        "The output is a Python number made of values, which a graph does not have.",
+        ("allclose", "equal", "item"),
+    ),
+    Known(
+        "refused", "It looks at values, and raises an error for negative ones.", ("nn.functional.gaussian_nll_loss",)
+    ),
+    Known("refused", "The output is sparse.", ("to_sparse",)),
+    Known("refused", "The output is complex32, which JAX does not have.", ("chalf",)),
+    Known(
+        "refused",
+        "The output is uint64 and does not fit into 32 bits.",
+        ("hash_tensor",),
+        ("narrow",),
+        ("float32",),
+    ),
+    Known(
+        "failed",
+        "The output is uint64, which JAX narrows to uint32 where its values fit.",
+        ("hash_tensor",),
+        ("narrow",),
+        ("int64",),
+    ),
+    Known(
+        "failed",
+        "Pivots have to be int32, and int32 arrays reach torch as int64 while `jax_enable_x64` is off: "
+        "`widen_ints=False` keeps them.",
+        ("linalg.lu_solve", "lu_solve", "lu_unpack"),
+        ("narrow",),
+    ),
+    Known(
+        "failed",
+        "Which of equal elements comes first is not defined, and torch's choice is its algorithm's.",
+        ("argsort", "kthvalue", "sort", "topk"),
+        ("forward", "narrow"),
+        ("bfloat16", "bool", "int64"),
+    ),
+    Known(
+        "failed",
+        "Eigenvectors have any sign. Of a matrix that is given by its upper triangle, jaxlib's LAPACK finds others "
+        "than torch's.",
+        ("linalg.eigh",),
+        ("forward", "narrow", "vmap"),
+    ),
+    Known(
+        "failed",
+        "Torch's own matrix exponential is NaN in half precision.",
+        ("matrix_exp",),
+        ("forward",),
+        ("bfloat16",),
+    ),
+    Known(
+        "failed",
+        "Torch adds up in bfloat16 here; this is in single precision, and nearer to the exact value.",
+        ("nn.functional.adaptive_avg_pool3d",),
+        ("forward",),
+        ("bfloat16",),
+    ),
+    Known(
+        "failed",
+        "Torch's own forward derivative is wrong (2.13; finite differences agree with its reverse mode, and with JAX).",
+        ("cholesky_inverse", "scatter_reduce.prod"),
+        ("forward mode",),
+    ),
+    Known(
+        "failed",
+        "Torch's forward derivative is NaN for complex numbers (2.13); its reverse one agrees with JAX's.",
+        ("logcumsumexp",),
+        ("forward mode",),
+        ("complex128",),
+    ),
+    Known(
+        "failed",
+        "Where several elements go to one place, torch's forward mode has the tangent of one, and its reverse mode "
+        "gradients for all; here both modes are its reverse mode.",
+        ("nn.functional.max_unpool3d",),
+        ("forward mode",),
+    ),
+    Known(
+        "failed",
+        "Torch's derivative by the first argument is wrong (2.13): it is 1 where that was written over.",
+        ("as_strided_scatter",),
+        ("reverse", "second order", "vmap of gradients"),
+    ),
+    Known(
+        "failed",
+        "Torch's double backward, the oracle, is NaN where a norm has a kink or a mask has left nothing; here it is 0.",
+        ("linalg.norm.subgradients_at_zero", "masked.logaddexp"),
+        _SECOND,
+    ),
+    Known(
+        "failed",
+        "Torch computes the gradients in the forward pass, so that their own derivatives are 0.",
+        ("nn.functional.linear_cross_entropy.chunked",),
+        _SECOND,
+    ),
+)
+
+KNOWN = _XLA if BACKEND == "xla" else _TORCH
 
 
 def reasons(operator: str, check: str, dtype: str) -> list[Known]:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytorch2jax
-from conformance.exceptions import KNOWN, reasons
+from conformance.exceptions import BACKEND, KNOWN, reasons
 
+FOLDER = Path(__file__).resolve().parent / ("" if BACKEND == "torch" else BACKEND)
 JSON_NAME = "results.json"
 MARKDOWN_NAME = "results.md"
 SAMPLES = 2
@@ -24,10 +25,11 @@ _HEAD = """# Torch's operators
 
 {made_with}
 
-The library on torch's own database of operators (`op_db`), with torch as the oracle: {operators} operators and
-variants, {runs} runs of samples, of which {passed} passed. A run is one sample in one check with one dtype. *Passed* is
-what agrees with torch, *refused* what ended with a clear error of the library's own, *failed* the rest. Each sample
-runs outside of `jax.jit`, the first of each operator also inside. What torch itself cannot do is not counted.
+The library (`backend="{backend}"`) on torch's own database of operators (`op_db`), with torch as the oracle:
+{operators} operators and variants, {runs} runs of samples, of which {passed} passed. A run is one sample in one check
+with one dtype. *Passed* is what agrees with torch, *refused* what ended with a clear error of the library's own,
+*failed* the rest. Each sample runs outside of `jax.jit`, the first of each operator also inside. What torch itself
+cannot do is not counted.
 
 """
 
@@ -36,7 +38,7 @@ def describe(samples: int) -> dict[str, Any]:
     """With what the results are made."""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "torch")}
     versions = {"pytorch2jax": pytorch2jax.__version__, **versions, "Python": platform.python_version()}
-    return {"versions": versions, "samples": samples}
+    return {"backend": BACKEND, "versions": versions, "samples": samples}
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -96,12 +98,21 @@ def markdown(results: dict[str, Any]) -> str:
     versions = results["made_with"]["versions"].items()
     made_with = ", ".join(f"{name} {version}" for name, version in versions)
     made_with += f"; at most {results['made_with']['samples']} samples of an operator for each check and dtype."
-    lines = [_HEAD.format(made_with=made_with, operators=len(results["operators"]), runs=runs, passed=passed)]
+    numbers = {"operators": len(results["operators"]), "runs": runs, "passed": passed}
+    lines = [_HEAD.format(made_with=made_with, backend=BACKEND, **numbers)]
     lines += ["| check | operators | passed | refused | failed |\n", "|---|---|---|---|---|\n"]
     for check, count in counts.items():
         cells = (check, len(operators[check]), *(count[name] for name in _VERDICTS))
         lines.append(f"| {' | '.join(map(str, cells))} |\n")
-    return "".join([*lines, *_reasons(results)])
+    return "".join([*lines, *_bridged(results), *_reasons(results)])
+
+
+def _bridged(results: dict[str, Any]) -> Iterator[str]:
+    """Operators that the engine leaves to torch."""
+    names = sorted({name for answer in results["operators"].values() for name in answer.get("bridged", ())})
+    if names:
+        yield f"\n## Run by torch\n\n{len(names)} operators have no JAX function, and torch runs them inside of "
+        yield f"the compiled program: {', '.join(f'`{name}`' for name in names)}.\n"
 
 
 def _reasons(results: dict[str, Any]) -> Iterator[str]:

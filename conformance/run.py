@@ -122,7 +122,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=report.SAMPLES, help="at most so many for each check and dtype")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--report", action="store_true", help="check nothing; write the report anew from its JSON")
-    parser.add_argument("--output", type=Path, default=ROOT / "conformance", help="the folder to write to")
+    parser.add_argument("--output", type=Path, default=report.FOLDER, help="the folder to write to")
     return parser.parse_args()
 
 

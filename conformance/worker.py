@@ -28,13 +28,15 @@ from conformance.checks import CHECKS, DERIVATIVES, eagerly
 from conformance.compare import WrongError
 from conformance.exceptions import skipped
 from conformance.oracle import TorchCannotError
-from pytorch2jax import Pytorch2JaxError
+from pytorch2jax import BridgedWarning, Pytorch2JaxError
 from pytorch2jax import _errors as errors
 
 _NO_REFUSALS = (errors.TorchCallError, errors.InferenceError)
 """Errors that tell of what torch could not do, where it can."""
 
 _BY_NAME = re.compile(rf"raised ({'|'.join(name for name in dir(errors) if name.endswith('Error'))}): (.*)")
+
+_BRIDGED = re.compile(r"\b\w+\.\w+\.\w+\b(?=[,.])")
 
 
 @dataclasses.dataclass
@@ -151,9 +153,17 @@ def main() -> None:
     print(json.dumps({"operators": list(samples.OPERATORS)}), file=answers, flush=True)
     for line in sys.stdin:
         start = time.perf_counter()
-        outcomes = check_operator(line.strip(), count)
-        times = {"seconds": round(time.perf_counter() - start, 2)}
-        print(json.dumps({"outcomes": list(map(dataclasses.asdict, outcomes)), **times}), file=answers, flush=True)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", BridgedWarning)
+            outcomes = check_operator(line.strip(), count)
+        answer = {"outcomes": list(map(dataclasses.asdict, outcomes)), "bridged": bridged_in(caught)}
+        print(json.dumps({**answer, "seconds": round(time.perf_counter() - start, 2)}), file=answers, flush=True)
+
+
+def bridged_in(caught: list[warnings.WarningMessage]) -> list[str]:
+    """The operators that ran in torch although another engine was asked for."""
+    texts = [str(w.message) for w in caught if issubclass(w.category, BridgedWarning)]
+    return sorted({name for text in texts for name in _BRIDGED.findall(text)})
 
 
 if __name__ == "__main__":

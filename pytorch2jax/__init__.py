@@ -2,7 +2,8 @@
 
 `convert_pytnn_to_jax(model)` gives a pure function and its parameters, `convert_pytnn_to_flax(model)` a Linen
 module; `torch2jax(fn)` turns any torch function into a JAX function. They run torch's own kernels on XLA's
-buffers, under every JAX transformation. `jax2torch(fn)`, `convert_flax_to_pytnn` and their like go the other way.
+buffers, under every JAX transformation, or with `backend="xla"` translate to plain JAX. `jax2torch(fn)`,
+`convert_flax_to_pytnn` and their like go the other way.
 See the README for what works where.
 """
 
@@ -13,9 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from pytorch2jax._dtypes import dtype_j2t, dtype_t2j
 from pytorch2jax._errors import (
+    BridgedWarning,
+    CaptureError,
     ConversionError,
     DeviceError,
     DtypeError,
+    ExportError,
     ForkError,
     InferenceError,
     LeafTypeError,
@@ -44,6 +48,7 @@ from pytorch2jax.compat import (
     compile_and_import_module,
     convert_to_jax,
     convert_to_pyt,
+    to_jax,
     torch2jax_auto,
     torch2jax_with_vjp,
     torch2jax_without_vjp,
@@ -64,9 +69,12 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 __all__ = [
+    "BridgedWarning",
+    "CaptureError",
     "ConversionError",
     "DeviceError",
     "DtypeError",
+    "ExportError",
     "ForkError",
     "InferenceError",
     "LeafTypeError",
@@ -103,6 +111,7 @@ __all__ = [
     "params_to_state_dict",
     "py_to_jax_wrapper",
     "t2j",
+    "to_jax",
     "torch2jax",
     "torch2jax_auto",
     "torch2jax_with_vjp",

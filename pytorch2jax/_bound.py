@@ -153,6 +153,8 @@ class BoundFunction(RootProgram):
         self._callable, self._own, self._said = function.call, function.own, function.said
         self._options = function.options
         self.depth, self.batching, self.expands = self._options.depth, self._options.batching, self._options.expands
+        self.backend = self._options.backend
+        self.at_sizes: Any = None  # where sizes are symbols: what the engine makes one program of
         self.name = function.name
         self.state, self.device = call.state, call.device
         self._what = call
@@ -495,6 +497,33 @@ class BoundFunction(RootProgram):
         if dtype is not expected.dtype and (tensor.is_floating_point() or tensor.is_complex()):
             return tensor.to(dtype)
         return tensor
+
+    # -- for the engine that translates ----------------------------------------------------------------------
+
+    def tensor_inputs(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes and dtypes of what the callable gets: the given ones of its own tensors, the held ones, arguments."""
+        return [(spec.shape, spec.dtype) for spec in self._tensor_specs]
+
+    def held_inputs(self) -> tuple[int, list[torch.Tensor]]:
+        """The callable's own tensors that are not given, and behind how many inputs they come."""
+        given = self._what.n_given
+        return given, self._callable.constants(self._what.device)[given:]
+
+    def with_sizes(self, specs: tuple[Spec, ...], at_sizes: Any) -> BoundFunction:
+        """The same program for inputs with symbols for sizes.
+
+        Args:
+            specs: its inputs.
+            at_sizes: what the engine makes the program of.
+        """
+        program = copy.copy(self)
+        Program.__init__(program, (*self._key, "with_sizes", specs))
+        program.in_specs, program.at_sizes = specs, at_sizes
+        return program
+
+    def outputs_of(self, tensors: list[torch.Tensor]) -> Tensors:
+        """Flat outputs and new values of changed own tensors, for such inputs."""
+        return self._outputs(tensors, *self._call(list(tensors)))
 
     # -- for the callers of the primitive ------------------------------------------------------------------
 

@@ -38,6 +38,10 @@ class DeviceError(Pytorch2JaxError, ValueError):
     """An array lies on a device, or on several devices, where torch cannot read it."""
 
 
+class ExportError(Pytorch2JaxError, ValueError):
+    """A program that calls torch was to be saved, or to run where torch is not."""
+
+
 class ForkError(Pytorch2JaxError, RuntimeError):
     """A call in a process that was forked from one in which JAX was running, where JAX would hang."""
 
@@ -52,6 +56,10 @@ class InferenceError(Pytorch2JaxError, RuntimeError):
 
 class RandomnessError(Pytorch2JaxError, ValueError):
     """A model draws random numbers and got no key, or got something that is no key."""
+
+
+class CaptureError(Pytorch2JaxError, RuntimeError):
+    """A torch function cannot be translated to JAX (`backend="xla"`); the message says at which line of it."""
 
 
 class StateError(Pytorch2JaxError, ValueError):
@@ -84,3 +92,7 @@ class NestingError(Pytorch2JaxError, RuntimeError):
 
 class LoopWarning(UserWarning):
     """`jax.vmap` runs a torch function once for each example because `torch.vmap` cannot batch it."""
+
+
+class BridgedWarning(UserWarning):
+    """Operators without a JAX function run in torch, inside a program that is otherwise translated to JAX."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -12,12 +13,9 @@ import torch
 
 from pytorch2jax._arguments import Arguments
 from pytorch2jax._bound import BoundFunction, Call, OwnTensor, TorchCallable, spec_of
-from pytorch2jax._errors import (
-    InferenceError,
-)
-from pytorch2jax._inference import (
-    Spec,
-)
+from pytorch2jax._engines import bind_symbolic
+from pytorch2jax._errors import InferenceError
+from pytorch2jax._inference import Spec
 from pytorch2jax._internals import x64_enabled
 from pytorch2jax._options import Options
 from pytorch2jax._threads import note_team_size
@@ -26,6 +24,7 @@ from pytorch2jax._transfer import torch_device
 
 _KEPT_PROGRAMS = 256
 _NO_OPTIONS = Options()
+_TRACED = torch.device("cpu")  # where torch code is written down, on whatever device it runs as JAX code
 
 
 class TorchFunction:
@@ -89,7 +88,8 @@ class TorchFunction:
         avals = tuple([x.aval if isinstance(x, jax.Array) else spec_of(x) for x in arrays])
         note_team_size()
         state = capture_torch_state()
-        around = (arguments.key, variant, output_key, x64_enabled(), state, _device(arrays))
+        device = _device(arrays) if self.options.backend == "torch" else _TRACED
+        around = (arguments.key, variant, output_key, x64_enabled(), state, device)
         program = self._recent.get((around, avals))
         if program is None:
             program = self._find(around, arrays, len(own), arguments, output_shapes)
@@ -102,6 +102,9 @@ class TorchFunction:
         self, around: tuple[Any, ...], arrays: list[Any], n_own: int, arguments: Arguments, output_shapes: Any
     ) -> BoundFunction:
         specs = tuple(map(spec_of, arrays))
+        if not all(isinstance(n, int) for spec in specs for n in spec.shape):
+            fixed = functools.partial(self._find, around, n_own=n_own, arguments=arguments, output_shapes=output_shapes)
+            return bind_symbolic(self.name, self.options.backend, specs, fixed)
         _, variant, _, _, state, device = around
         key = (around, specs)
         with self._lock:

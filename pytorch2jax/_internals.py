@@ -12,10 +12,11 @@ import functools
 import sys
 import threading
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.export
 import jax.extend.backend
 import jax.extend.core
 import numpy as np
@@ -225,6 +226,26 @@ def n_partitions(context: Any) -> int:
     """Over how many devices XLA itself partitions the computation that is being lowered."""
     around = context.module_context.axis_context
     return around.num_devices if isinstance(around, ShardingContext) else 1
+
+
+def symbols_of(sizes: Iterable[Any]) -> dict[str, Any]:
+    """The symbols in the sizes of arrays that `jax.export` is called with, by name."""
+    found: dict[str, Any] = {}
+    for size in sizes:
+        if not isinstance(size, int):
+            for name in size._get_vars():
+                found.setdefault(name, jax.export.symbolic_shape(name, scope=size.scope)[0])
+    return dict(sorted(found.items()))
+
+
+def size_at(size: Any, symbols: Mapping[str, int]) -> int:
+    """A size where the symbols have these values."""
+    return size if isinstance(size, int) else int(size._evaluate(dict(symbols)))
+
+
+def is_export(context: Any) -> bool:
+    """Whether a lowering rule is called for `jax.export`."""
+    return bool(context.module_context.lowering_parameters.for_export)
 
 
 def lower_with_devices(primitive: Any) -> None:

@@ -11,11 +11,11 @@ from torch import nn
 
 from pytorch2jax._arguments import take_apart
 from pytorch2jax._bound import BoundFunction
+from pytorch2jax._engines import run as run_program
 from pytorch2jax._errors import ConversionError, InferenceError, RandomnessError
 from pytorch2jax._function import TorchFunction
-from pytorch2jax._options import Options
+from pytorch2jax._options import Options, checked_backend
 from pytorch2jax._params import Leaf, arrays_of, check_module, check_shapes, flatten, layout_of, nest, own_tensors
-from pytorch2jax._primitive import torch_call
 from pytorch2jax._rng import seed_from_key
 from pytorch2jax._sharding import splitting
 from pytorch2jax._skeleton import Skeleton
@@ -28,6 +28,7 @@ def convert_pytnn_to_jax(
     copy: bool = True,
     prefix: str = "",
     batch_axes: int | Sequence[int | None] | None = None,
+    backend: str = "torch",
 ) -> tuple[Any, ...]:
     """Turn a torch module into a pure JAX function and its parameters.
 
@@ -44,6 +45,7 @@ def convert_pytnn_to_jax(
             and `jax_rng`, and `train` reaches `forward`.
         batch_axes: the axis of the batch in the arguments of `forward`, for arrays that are sharded over devices;
             see `torch2jax`. Without it, each device runs the model on the whole batch.
+        backend: `"torch"` runs torch's kernels; `"xla"` translates the model to JAX operations, see `torch2jax`.
 
     Returns:
         `(apply, params)`, with `apply(params, *args, rng=None, train=False, **kwargs)` returning what the
@@ -75,7 +77,9 @@ def convert_pytnn_to_jax(
         Array([4., 4.], dtype=float32)
     """
     keywords = {"rng": None, "train": False}
-    converted = ConvertedModule(model, copy=copy, prefix=prefix, keywords=keywords, batch_axes=batch_axes)
+    converted = ConvertedModule(
+        model, copy=copy, prefix=prefix, keywords=keywords, batch_axes=batch_axes, backend=backend
+    )
 
     def apply(params: Any, *args: Any, **kwargs: Any) -> Any:
         options, kwargs = converted.split_keywords(kwargs)
@@ -101,7 +105,7 @@ class ConvertedModule:
         copy: whether to copy its parameters and buffers.
         keywords: the names and defaults of the adapter's own keyword arguments.
         prefix: what the user wants in front of these names.
-        batch_axes: as for `torch2jax`.
+        batch_axes, backend: as for `torch2jax`.
     """
 
     def __init__(
@@ -112,6 +116,7 @@ class ConvertedModule:
         keywords: Mapping[str, Any],
         prefix: str = "",
         batch_axes: Any = None,
+        backend: str = "torch",
     ) -> None:
         model = _checked(_unwrapped(model))
         _check_keywords(model, keywords, prefix)
@@ -125,7 +130,8 @@ class ConvertedModule:
         call = Skeleton(model, (*self.layout.params, *self.layout.state))
         own = own_tensors("params", self.layout.params, self._params)
         own += own_tensors("state", self.layout.state, self._state)
-        options = Options(splitting=splitting(self.name, batch_axes, None))
+        split = splitting(self.name, batch_axes, None)
+        options = Options(splitting=split, backend=checked_backend(self.name, backend))
         self._function = TorchFunction(self.name, call, identity=call, own=own, options=options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ConvertedModule:
@@ -232,7 +238,7 @@ class ConvertedModule:
             seed = seed_from_key(self.name, rng() if callable(rng) else rng)
             program = program.with_seed(seed.shape[0], shared=True)
             inputs.insert(0, seed)
-        out, changed = program.rebuild(torch_call(program, *inputs))
+        out, changed = program.rebuild(run_program(program, *inputs))
         if state is None or not changed:
             return out, state
         first, end = len(self.layout.params), len(self.layout.params) + len(self.layout.state)

@@ -26,6 +26,7 @@ class Options(NamedTuple):
     expands: in direct batches, what is not batched gets a batch axis of length one.
     dtypes: torch's dtype of each array among the arguments, where an example tells.
     splitting: along which axes it may be split over devices.
+    backend: which engine runs it; see `_engines`.
     """
 
     widen_ints: bool = True
@@ -34,6 +35,7 @@ class Options(NamedTuple):
     expands: bool = False
     dtypes: tuple[torch.dtype | None, ...] = ()
     splitting: BatchAxes | Rule | None = None
+    backend: str = "torch"
 
 
 _VMAP_METHODS: dict[str | None, tuple[Batching | None, bool]] = {
@@ -55,6 +57,7 @@ def checked_options(
     example_dtypes: Sequence[torch.dtype | None],
     batch_axes: Any,
     sharding_rule: Any,
+    backend: str = "torch",
 ) -> Options:
     """The options of `torch2jax`.
 
@@ -68,7 +71,18 @@ def checked_options(
         raise OptionError(f"{call}: vmap_method: expected one of {known}, got {vmap_method!r}.")
     batching, expands = _VMAP_METHODS[vmap_method]
     split = splitting(call, batch_axes, sharding_rule)
-    return Options(widen_ints, depth, batching, expands, tuple(example_dtypes), split)
+    return Options(widen_ints, depth, batching, expands, tuple(example_dtypes), split, checked_backend(call, backend))
+
+
+def checked_backend(call: str, backend: Any) -> str:
+    """The name of an engine.
+
+    Raises:
+        OptionError: there is none of that name.
+    """
+    if backend not in ("torch", "xla"):
+        raise OptionError(f"{call}: backend: expected 'torch' or 'xla', got {backend!r}.")
+    return str(backend)
 
 
 _CALLS = threading.RLock()

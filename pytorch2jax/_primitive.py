@@ -26,7 +26,7 @@ import numpy as np
 
 from pytorch2jax._bridge import call_in_xla, lower_on_host
 from pytorch2jax._eager import evaluate
-from pytorch2jax._errors import DeviceError, ReplicationWarning
+from pytorch2jax._errors import DeviceError, ExportError, ReplicationWarning
 from pytorch2jax._internals import (
     DRAWS_FROM_TORCH,
     Primitive,
@@ -35,6 +35,7 @@ from pytorch2jax._internals import (
     batching,
     explicit_axes,
     io_callback,
+    is_export,
     lower_with_devices,
     mlir,
     n_partitions,
@@ -110,6 +111,8 @@ def _bind(program: Program, *arrays: Any) -> list[Any]:
 
 def _lower_on_devices(lower: Any, context: Any, *operands: Any, program: Program) -> Any:
     """The lowering rule, given that of one device: XLA may partition the computation by itself."""
+    if is_export(context):
+        return _lower_nowhere(context, *operands, program=program)
     n_devices = n_partitions(context)
     if n_devices > 1 and program.root.shardable:
         call, keeper = partitioned(program, _bind)
@@ -130,11 +133,21 @@ def _lower_on_devices(lower: Any, context: Any, *operands: Any, program: Program
     return lower(context, *operands, program=program)
 
 
+def _lower_nowhere(context: Any, *operands: Any, program: Program) -> Any:
+    """Where there is no torch: in programs that are saved, and on other devices."""
+    raise ExportError(
+        f"{program.describe()}: expected a program without calls of torch, because it is saved (`jax.export`) or runs "
+        'on a device that torch does not share with JAX, got one that calls torch. Convert with `backend="xla"`; if it '
+        "was, this is an operator without a JAX function: replace it in the model."
+    )
+
+
 def _staged(*arrays: Any, program: Program) -> tuple[Any, ...]:
     return call_in_xla(program, *arrays)
 
 
 _lower_for_cuda = mlir.lower_fun(_staged, multiple_results=True)
+mlir.register_lowering(torch_call_p, _lower_nowhere)
 mlir.register_lowering(torch_call_p, functools.partial(_lower_on_devices, lower_on_host), platform="cpu")
 mlir.register_lowering(torch_call_p, functools.partial(_lower_on_devices, _lower_for_cuda), platform="cuda")
 lower_with_devices(torch_call_p)

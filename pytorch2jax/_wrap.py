@@ -13,6 +13,7 @@ import torch
 
 from pytorch2jax._arguments import take_apart
 from pytorch2jax._bound import spec_of
+from pytorch2jax._engines import run as run_program
 from pytorch2jax._errors import LeafTypeError
 from pytorch2jax._function import TorchFunction
 from pytorch2jax._inference import Surroundings
@@ -50,6 +51,7 @@ def torch2jax(
     vmap_method: str | None = None,
     lock: Any = False,
     widen_ints: bool = True,
+    backend: str = "torch",
 ) -> Callable[..., Any]:
     """Turn a torch function into a JAX function that runs it.
 
@@ -98,6 +100,9 @@ def torch2jax(
             devices or in several threads.
         widen_ints: while `jax_enable_x64` is off, `fn` gets JAX's int32 arrays as int64, the dtype that
             torch wants for indices. `False` hands them over as int32.
+        backend: `"torch"` runs torch's kernels. `"xla"` translates `fn` to JAX operations, which XLA compiles, exports
+            and shards: for functions whose operators do not depend on values. `jax.vmap` and `batch_axes` are then
+            XLA's own matter, and `depth` does not limit.
 
     Returns:
         A function of arrays in the place of tensors. Its extra keyword `rng` (unless `fn` has an argument
@@ -114,6 +119,7 @@ def torch2jax(
         DeviceError: an argument is sharded along an explicit axis of a mesh, and there are no `out_specs`.
         UnsupportedTransformError: a derivative of higher order than `depth` is asked for.
         InferenceError: `fn` fails on inputs of these shapes and dtypes.
+        CaptureError: `fn` cannot be translated, with `backend="xla"`.
         OutputMismatchError: `fn` returns something else than declared or inferred; at run time.
         TorchCallError: torch raised an exception; at run time, outside of `jax.jit`. Under `jax.jit` JAX
             raises a `jax.errors.JaxRuntimeError` with torch's message and traceback in its text.
@@ -142,6 +148,7 @@ def torch2jax(
         example_dtypes=[example_dtype(leaves[i]) for i in positions],
         batch_axes=batch_axes,
         sharding_rule=sharding_rule,
+        backend=backend,
     )
     held = constants(name, nondiff_argnums, nondiff_mask)
     has_options = options != Options() or bool(leaves) or any((output_shapes is not None, held, out_specs, lock))
@@ -163,10 +170,10 @@ def torch2jax(
         elif program.inferred.random:
             seed = torch_call(SEED_DRAW)[0]
         else:
-            return program.rebuild(torch_call(program, *inputs))[0]
+            return program.rebuild(run_program(program, *inputs))[0]
         program = program.with_seed(seed.shape[0], shared=key is not None)
         inputs.insert(0, seed)
-        return program.rebuild(torch_call(program, *inputs))[0]
+        return program.rebuild(run_program(program, *inputs))[0]
 
     @functools.wraps(fn, updated=())
     def wrapped(*args: Any, **kwargs: Any) -> Any:

@@ -18,6 +18,23 @@ Size = torch.Size
 wrap_torch_fn = torch2jax
 
 
+def to_jax(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A torch function as plain JAX operations; `torch2jax(fn, backend="xla")`.
+
+    Args:
+        fn: a torch function; see `torch2jax`.
+
+    Returns:
+        The JAX function.
+
+    Example:
+        >>> import jax.numpy as jnp, torch
+        >>> to_jax(torch.sin)(jnp.zeros(2))
+        Array([0., 0.], dtype=float32)
+    """
+    return torch2jax(fn, backend="xla")
+
+
 def torch2jax_auto(fn: Callable[..., Any], output_shapes: Any = None, **options: Any) -> Callable[..., Any]:
     """`torch2jax` without example arguments.
 

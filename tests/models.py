@@ -349,7 +349,13 @@ MODELS = [
 
 
 class Converter:
-    """What a converter makes of a model: `params`, and a way to call it."""
+    """What a converter makes of a model: `params`, and a way to call it.
+
+    Attributes:
+        backend: the engine that it converts for.
+    """
+
+    backend = "torch"
 
     def key_for_torch(self, key: Any) -> Any:
         """The key from which torch draws when `key` is passed to the call."""
@@ -360,7 +366,9 @@ class JaxConverter(Converter):
     """`convert_pytnn_to_jax`."""
 
     def __init__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        self.apply, self.params, self.state = pytorch2jax.convert_pytnn_to_jax(model, with_state=True)
+        self.apply, self.params, self.state = pytorch2jax.convert_pytnn_to_jax(
+            model, with_state=True, backend=self.backend
+        )
 
     def call(self, params: Any, args: Any, kwargs: Any, *, key: Any = None, train: bool = False) -> tuple[Any, Any]:
         """The output and the new state, as nested dicts of all buffers."""
@@ -371,7 +379,7 @@ class LinenConverter(Converter):
     """`convert_pytnn_to_flax`."""
 
     def __init__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        module, self.params = pytorch2jax.convert_pytnn_to_flax(model)
+        module, self.params = pytorch2jax.convert_pytnn_to_flax(model, backend=self.backend)
         self.module = module()
         variables = self.module.init(jax.random.key(0), *args, **kwargs)
         self.collections = {name: tree for name, tree in variables.items() if name != "params"}
@@ -394,7 +402,7 @@ class NnxConverter(Converter):
     """`convert_pytnn_to_nnx`."""
 
     def __init__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        module = pytorch2jax.convert_pytnn_to_nnx(model, example_args=args, example_kw=kwargs)
+        module = pytorch2jax.convert_pytnn_to_nnx(model, example_args=args, example_kw=kwargs, backend=self.backend)
         self.graph, params, self.others = nnx.split(module, nnx.Param, ...)
         self.params = nnx.to_pure_dict(params).get("params", {})
 
@@ -409,7 +417,7 @@ class EquinoxConverter(Converter):
     """`convert_pytnn_to_equinox`."""
 
     def __init__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        self.module, self.state = pytorch2jax.convert_pytnn_to_equinox(model, with_state=True)
+        self.module, self.state = pytorch2jax.convert_pytnn_to_equinox(model, with_state=True, backend=self.backend)
         self.params = self.module.params
 
     def call(self, params: Any, args: Any, kwargs: Any, *, key: Any = None, train: bool = False) -> tuple[Any, Any]:

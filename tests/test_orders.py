@@ -37,6 +37,10 @@ def _eval_batch_norm(x):
 def problem(request):
     """A scalar function of its first input, a point and a direction."""
     _, jax_fn, inputs = request.param.build()
+    return problem_of(jax_fn, inputs)
+
+
+def problem_of(jax_fn, inputs):
     x, *others = arrays(inputs)
     direction = jnp.cos(1.0 + jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)
     return lambda x: scalar(jax_fn)(x, *others), x, direction

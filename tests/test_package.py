@@ -123,7 +123,6 @@ ORDER = [
     "_sharding",
     "_options",
     "_bound",
-    "_function",
     "_ffi",
     "_bridge",
     "_transforms",
@@ -131,6 +130,8 @@ ORDER = [
     "_eager",
     "_partition",
     "_primitive",
+    "_engines",
+    "_function",
     "_params",
     "_weights",
     "_attributes",
@@ -172,6 +173,12 @@ def test_adapters_know_the_modules_and_their_own_framework(adapter):
     for path in (PACKAGE / adapter).glob("*.py"):
         foreign = {m for m in ours(path) if not m.startswith(f"{adapter}.")}
         assert foreign <= ADAPTERS[adapter]
+
+
+def test_the_engine_that_translates_knows_nobody_who_calls_it():
+    above = {"_module", "_reverse", "_jax_module", "_jax_call", "_jax_program", "compat"}
+    for path in (PACKAGE / "xla").rglob("*.py"):
+        assert not {m for m in ours(path) if m in above or m.split(".")[0] in ADAPTERS}, path
 
 
 PRIVATE = re.compile(r"^(jax|torch|flax)(\..*)?\._|^jax\.interpreters|^jax\.extend|^jax\.experimental")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks.case import Case
 from benchmarks.cases.batching import PER_EXAMPLE_GRADS, VMAP
 from benchmarks.cases.calls import ARGUMENTS_EAGER, ARGUMENTS_JITTED, SIZES_EAGER, SIZES_JITTED
-from benchmarks.cases.conversion import CONVERSION_MEMORY, CONVERSION_TIME, IMPORT
+from benchmarks.cases.conversion import COMPILE, CONVERSION_MEMORY, CONVERSION_TIME, IMPORT
 from benchmarks.cases.gradients import FORWARD, VALUE_AND_GRAD
 from benchmarks.cases.loops import SCAN
 from benchmarks.cases.threads import MIXED, SHARDS
@@ -27,6 +27,7 @@ CASES: dict[str, Case] = {
         SCAN,
         MIXED,
         SHARDS,
+        COMPILE,
         IMPORT,
         CONVERSION_TIME,
         CONVERSION_MEMORY,

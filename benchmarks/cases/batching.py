@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import partial
 
 from benchmarks import jax_runs, torch_runs
-from benchmarks.case import FLAX, OURS, TORCH, WRAP, Case
+from benchmarks.case import FLAX, OURS, OURS_XLA, TORCH, WRAP, Case
 from benchmarks.models import CONV_NET, MLP_64
 
 ROWS = {workload.name: workload for workload in (MLP_64, CONV_NET)}
-BRIDGES = (OURS, WRAP, FLAX)
+BRIDGES = (OURS, OURS_XLA, WRAP, FLAX)
 
 VMAP = Case(
     "vmap",

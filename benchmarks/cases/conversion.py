@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.bridges import torch_device
-from benchmarks.case import OURS, TORCH, WRAP, Case, Entry, Rows, Settings
+from benchmarks.case import FLAX, OURS, OURS_XLA, TORCH, WRAP, Case, Entry, Rows, Settings
 from benchmarks.contest import ROOT, child_environment
 
 LIMIT_S = 180.0
@@ -127,6 +127,34 @@ def measure_conversion(settings: Settings, which: int) -> Rows:
     return {f"{layers * 2048 * 2049 / 1e6:.0f} million parameters": entries(chosen)}
 
 
+COMPILE_TIME = """
+import json, time
+import jax
+from benchmarks import models
+from benchmarks.bridges import BRIDGES
+apply, params, x = BRIDGES[{bridge!r}](models.BERT, False)
+jax.block_until_ready(jax.numpy.zeros(1))
+step = jax.jit(jax.value_and_grad(lambda params, x: (apply(params, x) ** 2).sum()))
+start = time.perf_counter()
+step.lower(params, x).compile()
+print(json.dumps(time.perf_counter() - start))
+"""
+
+
+def measure_compiling(settings: Settings) -> Rows:
+    """Seconds from the first call of a jitted value and gradient to a compiled program."""
+    programs = {name: COMPILE_TIME.format(bridge=name) for name in (OURS, OURS_XLA, FLAX)}
+    return {"BERT-base": entries(in_turn(programs, 1 if settings.quick else 3))}
+
+
+COMPILE = Case(
+    "compile",
+    "From call to compiled",
+    "s",
+    "Tracing, translating and compiling the value and gradient of BERT-base, each in fresh processes.",
+    measure=measure_compiling,
+    reference=FLAX,
+)
 IMPORT = Case(
     "import",
     "Import time",

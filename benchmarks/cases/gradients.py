@@ -7,11 +7,11 @@ from functools import partial
 import torch
 
 from benchmarks import jax_runs, torch_runs
-from benchmarks.case import CALLBACK, COMPILED, FLAX, OURS, TORCH, WRAP, Case
+from benchmarks.case import CALLBACK, COMPILED, FLAX, OURS, OURS_XLA, TORCH, WRAP, Case
 from benchmarks.models import MODELS
 
 ROWS = {workload.name: workload for workload in MODELS}
-BRIDGES = (OURS, WRAP, CALLBACK, FLAX)
+BRIDGES = (OURS, OURS_XLA, WRAP, CALLBACK, FLAX)
 
 FORWARD = Case(
     "forward",

@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import partial
 
 from benchmarks import jax_runs, torch_runs
-from benchmarks.case import FLAX, OURS, TORCH, WRAP, Case
+from benchmarks.case import FLAX, OURS, OURS_XLA, TORCH, WRAP, Case
 from benchmarks.models import ENCODER
 
-BRIDGES = (OURS, WRAP, FLAX)
+BRIDGES = (OURS, OURS_XLA, WRAP, FLAX)
 TORCH_AND_HEAD = "torch, then the head in JAX"
 
 FROZEN = Case(

@@ -19,6 +19,7 @@ def convert_pytnn_to_equinox(
     copy: bool = True,
     prefix: str = "",
     batch_axes: int | Sequence[int | None] | None = None,
+    backend: str = "torch",
 ) -> Any:
     """Turn a torch module into an Equinox module.
 
@@ -31,6 +32,7 @@ def convert_pytnn_to_equinox(
             has arguments of these names.
         batch_axes: the axis of the batch in the arguments of `forward`, for arrays that are sharded over devices;
             see `convert_pytnn_to_jax`. Without it, each device runs the model on the whole batch.
+        backend: `"torch"` runs torch's kernels; `"xla"` translates the model to JAX operations, see `torch2jax`.
 
     Returns:
         An `eqx.Module`, or with `with_state=True` `(module, eqx.nn.State)`. Its array leaves are the parameters, in
@@ -53,7 +55,9 @@ def convert_pytnn_to_equinox(
         Array([4., 4.], dtype=float32)
     """
     keywords = {"key": None, "state": None, "inference": None}
-    converted = ConvertedModule(model, copy=copy, prefix=prefix, keywords=keywords, batch_axes=batch_axes)
+    converted = ConvertedModule(
+        model, copy=copy, prefix=prefix, keywords=keywords, batch_axes=batch_axes, backend=backend
+    )
     params, state = converted.take_initial()
     if not with_state:
         return TorchModule(params, None, converted)

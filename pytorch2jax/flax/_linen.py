@@ -29,6 +29,7 @@ def convert_pytnn_to_flax(
     copy: bool = True,
     prefix: str = "",
     batch_axes: int | Sequence[int | None] | None = None,
+    backend: str = "torch",
 ) -> tuple[type[nn.Module], dict[str, Any]]:
     """Turn a torch module into a Flax Linen module class and its parameters.
 
@@ -38,6 +39,7 @@ def convert_pytnn_to_flax(
         prefix: put in front of the keyword `train`, for models whose `forward` has an argument of that name.
         batch_axes: the axis of the batch in the arguments of `forward`, for arrays that are sharded over devices;
             see `convert_pytnn_to_jax`. Without it, each device runs the model on the whole batch.
+        backend: `"torch"` runs torch's kernels; `"xla"` translates the model to JAX operations, see `torch2jax`.
 
     Returns:
         `(module_class, params)`. `module_class()` takes no arguments, so that `module_class()(x)` works in
@@ -70,7 +72,9 @@ def convert_pytnn_to_flax(
         >>> jax.jit(model.apply)(variables, jnp.ones((4, 3))).shape
         (4, 2)
     """
-    converted = ConvertedModule(model, copy=copy, prefix=prefix, keywords={"train": False}, batch_axes=batch_axes)
+    converted = ConvertedModule(
+        model, copy=copy, prefix=prefix, keywords={"train": False}, batch_axes=batch_axes, backend=backend
+    )
 
     class Converted(_TorchModule):
         torch_module: ClassVar[ConvertedModule] = converted

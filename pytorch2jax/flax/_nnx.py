@@ -31,6 +31,7 @@ def convert_pytnn_to_nnx(
     copy: bool = True,
     prefix: str = "",
     batch_axes: int | Sequence[int | None] | None = None,
+    backend: str = "torch",
 ) -> TorchModule:
     """Turn a torch module into a Flax NNX module.
 
@@ -44,6 +45,7 @@ def convert_pytnn_to_nnx(
             arguments of these names.
         batch_axes: the axis of the batch in the arguments of `forward`, for arrays that are sharded over devices;
             see `convert_pytnn_to_jax`. Without it, each device runs the model on the whole batch.
+        backend: `"torch"` runs torch's kernels; `"xla"` translates the model to JAX operations, see `torch2jax`.
 
     Returns:
         An `nnx.Module`. It is called with what `forward` takes. Its attributes `params`, `batch_stats` and
@@ -67,7 +69,9 @@ def convert_pytnn_to_nnx(
         Array([4., 4.], dtype=float32)
     """
     keywords = {"train": _MODE, "rngs": None}
-    converted = ConvertedModule(model, copy=copy, prefix=prefix, keywords=keywords, batch_axes=batch_axes)
+    converted = ConvertedModule(
+        model, copy=copy, prefix=prefix, keywords=keywords, batch_axes=batch_axes, backend=backend
+    )
     example = (example_args, example_kw or {}) if example_args or example_kw else None
     return TorchModule(converted, example, rngs)
 

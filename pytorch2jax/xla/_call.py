@@ -1,0 +1,76 @@
+"""The engine: a bound torch function as a JAX function that is traced once for each kind of call."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from pytorch2jax._bound import BoundFunction
+from pytorch2jax._errors import BridgedWarning
+from pytorch2jax.xla._bridged import Bridged
+from pytorch2jax.xla._capture import capture
+from pytorch2jax.xla._graph import Graph
+from pytorch2jax.xla._interpret import constant, evaluate
+from pytorch2jax.xla._symbolic import Unifier
+
+_TRANSLATED: weakref.WeakKeyDictionary[BoundFunction, Callable[..., list[Any]]] = weakref.WeakKeyDictionary()
+
+
+def xla_call(program: BoundFunction, *arrays: Any) -> list[Any]:
+    """Call a program on arrays, translated to JAX; the counterpart of `torch_call`.
+
+    Raises:
+        CaptureError: it cannot be translated.
+    """
+    inputs = list(arrays)
+    key = _key(inputs.pop(0)) if program.is_seeded else None
+    call = _TRANSLATED.get(program)
+    if call is None:
+        call = _TRANSLATED[program] = _translated(program)
+    return call(inputs, key)
+
+
+def graph_of(program: BoundFunction) -> Graph:
+    """The graph of a program, captured anew."""
+    if program.at_sizes is not None:
+        symbols, programs = program.at_sizes
+        return Unifier(program.name, symbols).graph([graph_of(p) for p in programs])
+    with program.session():
+        differentiates = program.inferred.needs_grad is not False
+        return capture(program.name, program.outputs_of, program.tensor_inputs(), active=differentiates)
+
+
+def _translated(program: BoundFunction) -> Callable[..., list[Any]]:
+    graph = graph_of(program)
+    _tell_about_bridged(program, graph)
+    first, held = program.held_inputs()
+    values = list(map(constant, held))
+
+    def call(inputs: list[Any], key: Any) -> list[Any]:
+        return evaluate(graph, [*inputs[:first], *values, *inputs[first:]], key)
+
+    call.__name__ = call.__qualname__ = program.name
+    return jax.jit(call)
+
+
+def _tell_about_bridged(program: BoundFunction, graph: Graph) -> None:
+    names = sorted({str(e.operator) for e in graph.equations if isinstance(e.operator, Bridged)})
+    if names and program.first_time("bridged"):
+        warnings.warn(
+            f"{program.name}: operators without a JAX function, which torch runs inside the compiled program: "
+            f"{', '.join(names)}. The results are right; such a program cannot be exported or run on a TPU.",
+            BridgedWarning,
+            stacklevel=2,
+        )
+
+
+def _key(seed: jax.Array) -> jax.Array:
+    """A key whose numbers are those of a loop where it is batched, whatever generator the seed is from."""
+    key = jax.random.wrap_key_data(seed[:2], impl="threefry2x32")
+    for index in range(2, seed.shape[0]):
+        key = jax.random.fold_in(key, seed[index])
+    return key

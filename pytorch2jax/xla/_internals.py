@@ -1,0 +1,139 @@
+"""Private and version-dependent names of torch that capturing needs."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.autograd.function import _SingleLevelFunction
+
+__all__ = ["HigherOrderOperator", "OpOverload"]
+
+aten = torch.ops.aten
+
+
+def decomposition(operator: OpOverload) -> Callable[..., Any] | None:
+    """The operator in terms of others, or None.
+
+    Views are taken apart only where torch itself does so: `x.to(dtype)` may be a view, and most often is not.
+    """
+    if operator.is_view:
+        return operator.decompose if operator._can_decompose() else None
+    found = _decompositions().get(operator)
+    if found is not None:
+        return found
+    if operator.namespace == "prims":
+        return getattr(operator, "impl_aten", None)
+    if operator._can_decompose():
+        return operator.decompose
+    return None
+
+
+@functools.cache
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    import torch._refs  # noqa: F401  # fills the table; half a second: only when it is needed
+    from torch._decomp import decomposition_table
+
+    return decomposition_table
+
+
+def istft_without_a_check(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """`torch.istft`, which does not look whether the windows leave gaps."""
+    from torch._refs import istft  # see `_decompositions`
+
+    return istft(*args, **kwargs)
+
+
+def _bernoulli(x: torch.Tensor, p: float = 0.5, **options: Any) -> torch.Tensor:
+    return aten.bernoulli.p(x, p, **options)
+
+
+@functools.cache
+def functional_variant(operator: OpOverload) -> tuple[Callable[..., Any], bool] | None:
+    """The operator that returns what this one writes, and whether it takes the written arguments, too.
+
+    `add_` has `add`, which takes all its arguments; `add.out` has `add.Tensor`, which does without `out`.
+    """
+    if operator is aten.bernoulli_.float:
+        return _bernoulli, True
+    namespace, name = operator._schema.name.split("::")
+    packets = getattr(torch.ops, namespace)
+    if name.endswith("_"):
+        # `__iand__` has `__and__`.
+        candidates = (f"__{name[3:]}",) if name.endswith("__") else (name[:-1], f"{name[:-1]}_functional")
+        for candidate in candidates:
+            packet = getattr(packets, candidate, None)
+            found = None if packet is None else _with_arguments(packet, _arguments(operator), operator._overloadname)
+            if found is not None:
+                return found, True
+        return None
+    written = [a.name for a in operator._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    if not all(a.kwarg_only for a in operator._schema.arguments if a.name in written):
+        packet = getattr(packets, f"{name}_functional", None)
+        found = None if packet is None else _with_arguments(packet, _arguments(operator))
+        return None if found is None else (found, True)
+    wanted = [argument for argument in _arguments(operator) if argument[0] not in written]
+    packet = getattr(packets, name)
+    found = _with_arguments(packet, wanted) or _with_arguments(packet, [*wanted, *_HOW_TO_CREATE])
+    return None if found is None else (found, False)
+
+
+_HOW_TO_CREATE = [(a.name, str(a.type)) for a in aten.full.default._schema.arguments[2:]]
+"""What operators that create a tensor ask for where there is no `out`."""
+
+
+def _arguments(operator: OpOverload) -> list[tuple[str, str]]:
+    return [(a.name, str(a.type)) for a in operator._schema.arguments]
+
+
+def _with_arguments(packet: Any, wanted: list[tuple[str, str]], named: str = "") -> OpOverload | None:
+    """The overload that takes these arguments; else the one of that name.
+
+    `pow_.Scalar` is `pow.Tensor_Scalar`: in `pow.Scalar`, the base is a number.
+    """
+    for overload in packet.overloads():
+        candidate = getattr(packet, overload)
+        if _arguments(candidate) == wanted and not candidate._schema.is_mutable:
+            return candidate
+    fallback = getattr(packet, named) if named in packet.overloads() else None
+    return None if fallback is None or fallback._schema.is_mutable else fallback
+
+
+@functools.cache
+def variant_with_results(operator: OpOverload) -> OpOverload | None:
+    """The operator that returns the results of this one, and then what this one writes to arguments in their order."""
+    namespace, name = operator._schema.name.split("::")
+    packet = getattr(getattr(torch.ops, namespace), f"{name}_functional", None)
+    if packet is None or operator._overloadname not in packet.overloads():
+        return None
+    found = getattr(packet, operator._overloadname)
+    return found if len(found._schema.returns) > len(operator._schema.returns) else None
+
+
+_PATCH = threading.Lock()
+
+
+@contextlib.contextmanager
+def custom_functions(call: Callable[..., Any]) -> Iterator[None]:
+    """`torch.autograd.Function`: in this thread, `F.apply(*args)` is `call(apply, F, *args)`, with the real `apply`.
+
+    `Function.apply` itself may have been taken from its class before (`cube = Cube.apply`). It calls that of its base
+    class, which inherits it, and gets one of its own here.
+    """
+    thread = threading.get_ident()
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        real = super(_SingleLevelFunction, cls).apply  # type: ignore[misc]
+        return call(real, cls, *args, **kwargs) if threading.get_ident() == thread else real(*args, **kwargs)
+
+    with _PATCH:
+        _SingleLevelFunction.apply = classmethod(apply)  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            del _SingleLevelFunction.apply  # type: ignore[attr-defined]

@@ -1,0 +1,78 @@
+"""A graph as a JAX function: each operator by its rule, those that have none by the bridge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import torch
+
+from pytorch2jax._dtypes import canonical_dtype_t2j, narrowed
+from pytorch2jax._errors import CaptureError
+from pytorch2jax._transfer import t2j
+from pytorch2jax.xla._graph import Equation, Graph, Var, replaced
+from pytorch2jax.xla._registry import Out, Rule, rule_for
+
+_ABOUT_MEMORY = frozenset({"device", "layout", "pin_memory", "memory_format", "non_blocking", "generator"})
+"""Arguments of operators that mean nothing in JAX."""
+
+
+def evaluate(graph: Graph, inputs: Sequence[Any], key: Any) -> list[Any]:
+    """The outputs of a graph.
+
+    Args:
+        graph: the graph.
+        inputs: an array for each of its inputs.
+        key: a JAX key; random operators fold their numbers into it. None for a graph without any.
+    """
+    env: dict[Var, Any] = {var: constant(tensor) for var, tensor in graph.constants.items()}
+    env.update(zip(graph.inputs, inputs, strict=True))
+    run(graph.equations, env, key)
+    return [env[var] for var in graph.outputs]
+
+
+def constant(tensor: torch.Tensor) -> Any:
+    """A tensor as an array that may be part of a compiled program."""
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    if tensor.dtype is torch.int64 and narrowed(tensor.dtype) is torch.int32:
+        # The ends of the range stand for infinity. Other numbers that do not fit are an error.
+        wide, narrow = torch.iinfo(torch.int64), torch.iinfo(torch.int32)
+        tensor = tensor.masked_fill(tensor == wide.min, narrow.min).masked_fill(tensor == wide.max, narrow.max)
+    return t2j(tensor, copy=True)
+
+
+def run(equations: Sequence[Equation], env: dict[Var, Any], key: Any) -> None:
+    """Evaluate equations in their order; their results are added to `env`."""
+    for equation in equations:
+        args = replaced(equation.args, env.__getitem__, Var)
+        kwargs = {n: replaced(v, env.__getitem__, Var) for n, v in equation.kwargs.items() if n not in _ABOUT_MEMORY}
+        rule = rule_for(equation.operator) or Rule(equation.operator, False, hasattr(equation.operator, "takes_key"))
+        outs = tuple(_out(var) for var in equation.outputs)
+        if rule.wants_out:
+            kwargs["out"] = outs if equation.several else outs[0]
+        if rule.wants_key and equation.draw is not None:
+            # Some draw nothing with these arguments, and then there may be no key.
+            kwargs["key"] = None if key is None else jax.random.fold_in(key, equation.draw)
+        results = rule.function(*args, **kwargs)
+        results = results if equation.several else (results,)
+        for var, out, result in zip(equation.outputs, outs, results, strict=True):
+            if var is not None and out is not None:
+                env[var] = _checked(equation, out, result)
+
+
+def _out(var: Var | None) -> Out | None:
+    return None if var is None else Out(var.shape, var.dtype, canonical_dtype_t2j(var.dtype))
+
+
+def _checked(equation: Equation, out: Out, result: Any) -> Any:
+    array = jnp.asarray(result)
+    if array.shape != out.shape:
+        raise CaptureError(
+            f"{equation.name}: expected a result of shape {out.shape}, as torch has it, got {array.shape}: the rule "
+            'for this operator is wrong for these arguments. Please report it; `backend="torch"` runs the function.'
+        )
+    if array.dtype != out.dtype:
+        array = array.astype(out.dtype)
+    return jax.lax.stop_gradient(array) if equation.constant else array

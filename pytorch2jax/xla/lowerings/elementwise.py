@@ -1,0 +1,727 @@
+"""Functions of each element by itself, with broadcasting."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.scipy.special as jsp
+import numpy as np
+from jax import lax
+
+from pytorch2jax.xla._registry import Out, lowers
+from pytorch2jax.xla.lowerings import _special as special
+from pytorch2jax.xla.lowerings._promotion import as_array, category, precise, result_type
+
+# -- one argument, computed in the dtype of the result -------------------------------------------------------
+
+
+def _trunc(x: jax.Array) -> jax.Array:
+    return x if category(x.dtype) <= 1 else lax.select(x < 0, lax.ceil(x), lax.floor(x))
+
+
+def _round(x: jax.Array) -> jax.Array:
+    return x if category(x.dtype) <= 1 else lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
+
+
+def _whole_as_is(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    return lambda x: x if category(x.dtype) <= 1 else function(x)
+
+
+def _frac(x: jax.Array) -> jax.Array:
+    return x - _trunc(x)
+
+
+def _rsqrt(x: jax.Array) -> jax.Array:
+    return 1 / jnp.sqrt(x) if category(x.dtype) == 3 else lax.rsqrt(x)
+
+
+def _reciprocal(x: jax.Array) -> jax.Array:
+    return 1 / x
+
+
+def _log1p(x: jax.Array) -> jax.Array:
+    return jnp.log1p(x)
+
+
+def _sgn(x: jax.Array) -> jax.Array:
+    if category(x.dtype) == 3:
+        size = jnp.abs(x)
+        return jnp.where(size == 0, 0, x / jnp.where(size == 0, 1, size))
+    return _sign(x)
+
+
+def _sign(x: jax.Array) -> jax.Array:
+    if category(x.dtype) == 0:
+        return x
+    # Torch has 0 for NaN, and for -0.0.
+    return (x > 0).astype(x.dtype) - (x < 0).astype(x.dtype)
+
+
+def _sinc(x: jax.Array) -> jax.Array:
+    return jnp.sinc(x)
+
+
+def _silu(x: jax.Array) -> jax.Array:
+    return x * jax.nn.sigmoid(x)
+
+
+def _erfinv(x: jax.Array) -> jax.Array:
+    return lax.erf_inv(x)
+
+
+_UNARY: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "abs": special.absolute,
+    "acos": jnp.arccos,
+    "acosh": jnp.arccosh,
+    "angle": jnp.angle,
+    "asin": jnp.arcsin,
+    "asinh": jnp.arcsinh,
+    "atan": jnp.arctan,
+    "atanh": jnp.arctanh,
+    "ceil": _whole_as_is(jnp.ceil),
+    "cos": jnp.cos,
+    "cosh": jnp.cosh,
+    "digamma": special.digamma,
+    "erf": lax.erf,
+    "erfc": lax.erfc,
+    "erfinv": _erfinv,
+    "exp": jnp.exp,
+    "exp2": jnp.exp2,
+    "expm1": jnp.expm1,
+    "floor": _whole_as_is(jnp.floor),
+    "frac": _frac,
+    "lgamma": special.lgamma,
+    "log": jnp.log,
+    "log10": jnp.log10,
+    "log1p": _log1p,
+    "log2": jnp.log2,
+    "neg": jnp.negative,
+    "reciprocal": _reciprocal,
+    "round": _round,
+    "rsqrt": _rsqrt,
+    "sgn": _sgn,
+    "sigmoid": jax.nn.sigmoid,
+    "sign": _sign,
+    "silu": _silu,
+    "sin": jnp.sin,
+    "sinc": _sinc,
+    "sinh": jnp.sinh,
+    "special_i0e": jsp.i0e,
+    "special_i1": jsp.i1,
+    "special_i1e": jsp.i1e,
+    "special_entr": jsp.entr,
+    "special_log_ndtr": jsp.log_ndtr,
+    "special_ndtr": jsp.ndtr,
+    "special_ndtri": jsp.ndtri,
+    "i0": special.i0,
+    "sqrt": jnp.sqrt,
+    "tan": jnp.tan,
+    "tanh": jnp.tanh,
+    "trunc": _trunc,
+}
+
+
+def _in_dtype_of_result(function: Callable[[jax.Array], jax.Array], *, widens: bool) -> Callable[..., jax.Array]:
+    def rule(x: jax.Array, *, out: Out) -> jax.Array:
+        # The absolute value and the angle of complex numbers are real, and computed of the complex ones.
+        x = x if category(x.dtype) == 3 else x.astype(out.dtype)
+        return function(precise(x) if widens else x)
+
+    return rule
+
+
+_WIDENS = frozenset(name for name in _UNARY if name.startswith("special_")) | {
+    "digamma",
+    "erfinv",
+    "i0",
+    "lgamma",
+    "sinc",
+}
+"""Functions of several steps, of which half precision would round each. Torch takes them in single precision."""
+
+for _name, _function in _UNARY.items():
+    lowers(f"aten.{_name}.default")(_in_dtype_of_result(_function, widens=_name in _WIDENS))
+
+
+@lowers("aten.positive.default")
+def positive(x: jax.Array) -> jax.Array:
+    return x
+
+
+@lowers("aten.round.decimals")
+def round_decimals(x: jax.Array, *, decimals: int) -> jax.Array:
+    if category(x.dtype) <= 1:
+        return x
+    factor = 10.0 ** abs(decimals)
+    return _round(x * factor) / factor if decimals >= 0 else _round(x / factor) * factor
+
+
+@lowers("aten.logit.default")
+def logit(x: jax.Array, eps: float | None = None, *, out: Out) -> jax.Array:
+    x = x.astype(out.dtype)
+    if eps is not None:
+        x = clamp(x, eps, 1 - eps, out=out)
+    return _logit(x)
+
+
+@jax.custom_jvp
+def _logit(x: jax.Array) -> jax.Array:
+    """With torch's derivative beyond 0 and 1: NaN."""
+    return jnp.log(x / (1 - x))
+
+
+@_logit.defjvp
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (x,), (tangent,) = primals, tangents
+    return _logit(x), tangent * jnp.where((x < 0) | (x > 1), jnp.nan, 1 / (x * (1 - x)))
+
+
+@lowers("aten.polygamma.default")
+def polygamma(n: int, x: jax.Array, *, out: Out) -> jax.Array:
+    return special.polygamma(n, precise(x.astype(out.dtype)))
+
+
+@lowers("aten.nan_to_num.default")
+def nan_to_num(x: jax.Array, nan: float | None = None, posinf: float | None = None, neginf: float | None = None) -> Any:
+    return x if category(x.dtype) <= 1 else jnp.nan_to_num(x, nan=nan or 0.0, posinf=posinf, neginf=neginf)
+
+
+@lowers("aten.conj_physical.default", "aten._conj.default", "aten._conj_physical.default", "aten._conj_copy.default")
+def conj(x: jax.Array) -> jax.Array:
+    return jnp.conj(x)
+
+
+@lowers("aten._neg_view.default", "aten._neg_view_copy.default")
+def neg_view(x: jax.Array) -> jax.Array:
+    return -x
+
+
+# -- tests ----------------------------------------------------------------------------------------------------
+
+
+@lowers("aten.isnan.default")
+def isnan(x: jax.Array) -> jax.Array:
+    return jnp.isnan(x)
+
+
+@lowers("aten.isinf.default")
+def isinf(x: jax.Array) -> jax.Array:
+    return jnp.isinf(x)
+
+
+@lowers("aten.isfinite.default")
+def isfinite(x: jax.Array) -> jax.Array:
+    return jnp.isfinite(x)
+
+
+@lowers("aten.isposinf.default")
+def isposinf(x: jax.Array) -> jax.Array:
+    return jnp.zeros(x.shape, bool) if category(x.dtype) <= 1 else jnp.isposinf(x)
+
+
+@lowers("aten.isneginf.default")
+def isneginf(x: jax.Array) -> jax.Array:
+    return jnp.zeros(x.shape, bool) if category(x.dtype) <= 1 else jnp.isneginf(x)
+
+
+@lowers("aten.signbit.default")
+def signbit(x: jax.Array) -> jax.Array:
+    return jnp.signbit(x) if category(x.dtype) == 2 else x < 0
+
+
+_COMPARISONS: dict[str, Callable[[Any, Any], jax.Array]] = {
+    "eq": jnp.equal,
+    "ne": jnp.not_equal,
+    "lt": jnp.less,
+    "le": jnp.less_equal,
+    "gt": jnp.greater,
+    "ge": jnp.greater_equal,
+}
+
+
+def _in_common_dtype(function: Callable[[Any, Any], jax.Array]) -> Callable[..., jax.Array]:
+    def rule(x: Any, y: Any) -> jax.Array:
+        dtype = result_type(x, y)
+        return function(as_array(x, dtype), as_array(y, dtype))
+
+    return rule
+
+
+for _name, _comparison in _COMPARISONS.items():
+    lowers(f"aten.{_name}.Tensor", f"aten.{_name}.Scalar")(_in_common_dtype(_comparison))
+
+
+# -- logic and bits -------------------------------------------------------------------------------------------
+
+
+@lowers("aten.logical_not.default")
+def logical_not(x: jax.Array) -> jax.Array:
+    return jnp.logical_not(x)
+
+
+@lowers("aten.logical_and.default")
+def logical_and(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.logical_and(x, y)
+
+
+@lowers("aten.logical_or.default")
+def logical_or(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.logical_or(x, y)
+
+
+@lowers("aten.logical_xor.default")
+def logical_xor(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.logical_xor(x, y)
+
+
+@lowers("aten.bitwise_not.default")
+def bitwise_not(x: jax.Array) -> jax.Array:
+    return jnp.bitwise_not(x)
+
+
+def _bits(name: str, function: Callable[[Any, Any], jax.Array]) -> None:
+    @lowers(f"aten.{name}.Tensor", f"aten.{name}.Scalar", f"aten.{name}.Scalar_Tensor")
+    def rule(x: Any, y: Any, *, out: Out) -> jax.Array:
+        return function(as_array(x, out.dtype), as_array(y, out.dtype))
+
+
+_bits("bitwise_and", jnp.bitwise_and)
+_bits("bitwise_or", jnp.bitwise_or)
+_bits("bitwise_xor", jnp.bitwise_xor)
+
+
+def _shift_left(x: jax.Array, y: jax.Array) -> jax.Array:
+    bits = x.dtype.itemsize * 8
+    return jnp.where((y < 0) | (y >= bits), 0, jnp.left_shift(x, jnp.clip(y, 0, bits - 1)))
+
+
+def _shift_right(x: jax.Array, y: jax.Array) -> jax.Array:
+    bits = x.dtype.itemsize * 8
+    return jnp.right_shift(x, jnp.where((y < 0) | (y >= bits), bits - 1, y))
+
+
+for _names, _shift in (
+    (("bitwise_left_shift", "__lshift__"), _shift_left),
+    (("bitwise_right_shift", "__rshift__"), _shift_right),
+):
+
+    def _shifted(x: Any, y: Any, *, out: Out, _shift: Callable[[Any, Any], jax.Array] = _shift) -> jax.Array:
+        return _shift(as_array(x, out.dtype), as_array(y, out.dtype))
+
+    lowers(f"aten.{_names[0]}.Tensor", f"aten.{_names[0]}.Tensor_Scalar", f"aten.{_names[0]}.Scalar_Tensor")(_shifted)
+    lowers(f"aten.{_names[1]}.Tensor", f"aten.{_names[1]}.Scalar")(_shifted)
+
+
+# -- arithmetic -----------------------------------------------------------------------------------------------
+
+
+@lowers("aten.add.Tensor", "aten.add.Scalar")
+def add(x: Any, y: Any, alpha: Any = 1, *, out: Out) -> jax.Array:
+    x, y = as_array(x, out.dtype), as_array(y, out.dtype)
+    return x + (y if alpha == 1 else as_array(alpha, out.dtype) * y)
+
+
+@lowers("aten.sub.Tensor", "aten.sub.Scalar")
+def sub(x: Any, y: Any, alpha: Any = 1, *, out: Out) -> jax.Array:
+    x, y = as_array(x, out.dtype), as_array(y, out.dtype)
+    return x - (y if alpha == 1 else as_array(alpha, out.dtype) * y)
+
+
+@lowers("aten.rsub.Tensor", "aten.rsub.Scalar")
+def rsub(x: Any, y: Any, alpha: Any = 1, *, out: Out) -> jax.Array:
+    return sub(y, x, alpha, out=out)
+
+
+@lowers("aten.mul.Tensor", "aten.mul.Scalar")
+def mul(x: Any, y: Any, *, out: Out) -> jax.Array:
+    return as_array(x, out.dtype) * as_array(y, out.dtype)
+
+
+@lowers("aten.div.Tensor", "aten.div.Scalar", "aten.true_divide.Tensor")
+def div(x: Any, y: Any, *, out: Out) -> jax.Array:
+    return as_array(x, out.dtype) / as_array(y, out.dtype)
+
+
+@lowers("aten.div.Tensor_mode", "aten.div.Scalar_mode")
+def div_mode(x: Any, y: Any, *, rounding_mode: str | None, out: Out) -> jax.Array:
+    x, y = as_array(x, out.dtype), as_array(y, out.dtype)
+    if rounding_mode is None:
+        return x / y
+    if rounding_mode == "floor":
+        return _floor_divide(x, y)
+    return lax.div(*jnp.broadcast_arrays(x, y)) if category(out.dtype) <= 1 else _trunc(x / y)
+
+
+def _floor_divide(x: jax.Array, y: jax.Array) -> jax.Array:
+    if category(x.dtype) <= 1:
+        return jnp.floor_divide(x, y)
+    x, y = lax.stop_gradient(x), lax.stop_gradient(y)
+    # As torch computes it: from the remainder, so that rounding does not lift it to the next whole number.
+    remainder = lax.rem(*jnp.broadcast_arrays(x, y))
+    quotient = (x - remainder) / y
+    quotient = jnp.where((remainder != 0) & ((y < 0) != (remainder < 0)), quotient - 1, quotient)
+    whole = jnp.floor(quotient)
+    whole = jnp.where(quotient - whole > 0.5, whole + 1, whole)
+    whole = jnp.where(quotient == 0, jnp.copysign(jnp.zeros_like(quotient), x / y), whole)
+    return jnp.where(y == 0, x / y, whole)
+
+
+@lowers("aten.floor_divide.default", "aten.floor_divide.Scalar")
+def floor_divide(x: Any, y: Any, *, out: Out) -> jax.Array:
+    return _floor_divide(as_array(x, out.dtype), as_array(y, out.dtype))
+
+
+@lowers("aten.remainder.Tensor", "aten.remainder.Scalar", "aten.remainder.Scalar_Tensor")
+def remainder(x: Any, y: Any, *, out: Out) -> jax.Array:
+    x, y = jnp.broadcast_arrays(as_array(x, out.dtype), as_array(y, out.dtype))
+    rest = lax.rem(x, y)
+    return jnp.where((rest != 0) & ((rest < 0) != (y < 0)), rest + y, rest)
+
+
+@lowers("aten.fmod.Tensor", "aten.fmod.Scalar")
+def fmod(x: Any, y: Any, *, out: Out) -> jax.Array:
+    return lax.rem(*jnp.broadcast_arrays(as_array(x, out.dtype), as_array(y, out.dtype)))
+
+
+@lowers("aten.pow.Tensor_Tensor", "aten.pow.Tensor_Scalar", "aten.pow.Scalar")
+def pow_(x: Any, y: Any, *, out: Out) -> jax.Array:
+    if isinstance(y, (int, float)) and not isinstance(x, (int, float)):
+        x = x.astype(out.dtype)
+        if float(y).is_integer() and abs(y) <= 64 and (y >= 0 or category(out.dtype) >= 2):
+            return lax.integer_pow(x, int(y))
+        if y == 0.5 and category(out.dtype) >= 2:
+            return jnp.sqrt(x)
+    x, y = as_array(x, out.dtype), as_array(y, out.dtype)
+    return _power_of_whole(x, y) if category(out.dtype) <= 1 else _power(*jnp.broadcast_arrays(x, y))
+
+
+@jax.custom_jvp
+def _power(x: jax.Array, y: jax.Array) -> jax.Array:
+    """With torch's derivatives of `0 ** y`, which are finite where `y` is not negative."""
+    return jnp.power(x, y)
+
+
+@_power.defjvp
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (x, y), (dx, dy) = primals, tangents
+    z = _power(x, y)
+    by_x = jnp.where(y == 0, 0, y * _power(x, jnp.where(y == 0, 1, y - 1)))
+    flat = (x == 0) & (jnp.real(y) >= 0)
+    by_y = jnp.where(flat, 0, z * jnp.log(jnp.where(flat, 1, x)))
+    return z, dx * by_x + dy * by_y
+
+
+def _power_of_whole(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Negative powers are cut off to whole numbers, which leaves those of 1 and of -1."""
+    inverse = jnp.where(x == 1, 1, jnp.where(x == -1, jnp.where(y % 2 == 0, 1, -1), 0))
+    return jnp.where(y < 0, inverse, jnp.power(x, jnp.maximum(y, 0))).astype(x.dtype)
+
+
+@lowers("aten.atan2.default")
+def atan2(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
+    return _atan2(*jnp.broadcast_arrays(x.astype(out.dtype), y.astype(out.dtype)))
+
+
+@jax.custom_jvp
+def _atan2(x: jax.Array, y: jax.Array) -> jax.Array:
+    """With torch's derivative at the origin: 0."""
+    return lax.atan2(x, y)
+
+
+@_atan2.defjvp
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (x, y), (dx, dy) = primals, tangents
+    square = x * x + y * y
+    inverse = jnp.where(square == 0, 0, 1 / jnp.where(square == 0, 1, square))
+    return _atan2(x, y), (y * dx - x * dy) * inverse
+
+
+@lowers("aten.hypot.default")
+def hypot(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
+    return jnp.hypot(x.astype(out.dtype), y.astype(out.dtype))
+
+
+@lowers("aten.copysign.Tensor", "aten.copysign.Scalar")
+def copysign(x: jax.Array, y: Any, *, out: Out) -> jax.Array:
+    x = x.astype(out.dtype)
+    x = jnp.where(x == 0, lax.stop_gradient(x), x)  # torch has no derivative there
+    return jnp.copysign(x, lax.stop_gradient(as_array(y, out.dtype)))
+
+
+@lowers("aten.maximum.default")
+def maximum(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
+    return jnp.maximum(x.astype(out.dtype), y.astype(out.dtype))
+
+
+@lowers("aten.minimum.default")
+def minimum(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
+    return jnp.minimum(x.astype(out.dtype), y.astype(out.dtype))
+
+
+@lowers("aten.fmax.default")
+def fmax(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
+    x, y = x.astype(out.dtype), y.astype(out.dtype)
+    return jnp.where((x >= y) | jnp.isnan(y), x, y)  # of equal ones the first, which has the derivative
+
+
+@lowers("aten.fmin.default")
+def fmin(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
+    x, y = x.astype(out.dtype), y.astype(out.dtype)
+    return jnp.where((x <= y) | jnp.isnan(y), x, y)
+
+
+@lowers("aten.gcd.default")
+def gcd(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
+    return jnp.gcd(x.astype(out.dtype), y.astype(out.dtype))
+
+
+@lowers("aten.nextafter.default")
+def nextafter(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
+    return _nextafter(*jnp.broadcast_arrays(x.astype(out.dtype), y.astype(out.dtype)))
+
+
+@jax.custom_jvp
+def _nextafter(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.nextafter(x, y)
+
+
+@_nextafter.defjvp
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (x, y), (tangent, _) = primals, tangents
+    return _nextafter(x, y), jnp.where(x == y, 0, tangent)
+
+
+@lowers("aten.heaviside.default")
+def heaviside(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.where(x == 0, y, (x > 0).astype(y.dtype))
+
+
+@lowers("aten.xlogy.Tensor", "aten.xlogy.Scalar_Self", "aten.xlogy.Scalar_Other")
+def xlogy(x: Any, y: Any, *, out: Out) -> jax.Array:
+    x, y = as_array(x, out.dtype), as_array(y, out.dtype)
+    return x * jnp.log(jnp.where((x == 0) & ((y <= 0) | jnp.isinf(y)), 1, y))
+
+
+@lowers("aten.logaddexp.default")
+def logaddexp(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
+    return special.logaddexp(*jnp.broadcast_arrays(x.astype(out.dtype), y.astype(out.dtype)))
+
+
+@lowers("aten.logaddexp2.default")
+def logaddexp2(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
+    return special.logaddexp2(*jnp.broadcast_arrays(x.astype(out.dtype), y.astype(out.dtype)))
+
+
+@lowers("aten.special_xlog1py.default", "aten.special_xlog1py.other_scalar", "aten.special_xlog1py.self_scalar")
+def xlog1py(x: Any, y: Any, *, out: Out) -> jax.Array:
+    x, y = as_array(x, out.dtype), as_array(y, out.dtype)
+    return x * jnp.log1p(jnp.where((x == 0) & ((y <= -1) | jnp.isinf(y)), 0, y))
+
+
+@lowers("aten.special_zeta.default", "aten.special_zeta.other_scalar", "aten.special_zeta.self_scalar")
+def zeta(x: Any, q: Any, *, out: Out) -> jax.Array:
+    return special.zeta(precise(as_array(x, out.dtype)), precise(as_array(q, out.dtype)))
+
+
+@lowers("aten.igamma.default")
+def igamma(a: jax.Array, x: jax.Array, *, out: Out) -> jax.Array:
+    return jsp.gammainc(lax.stop_gradient(precise(a.astype(out.dtype))), precise(x.astype(out.dtype)))
+
+
+@lowers("aten.igammac.default")
+def igammac(a: jax.Array, x: jax.Array, *, out: Out) -> jax.Array:
+    return jsp.gammaincc(lax.stop_gradient(precise(a.astype(out.dtype))), precise(x.astype(out.dtype)))
+
+
+@lowers("aten.lerp.Scalar", "aten.lerp.Tensor")
+def lerp(x: jax.Array, y: jax.Array, weight: Any, *, out: Out) -> jax.Array:
+    weight = as_array(weight, out.dtype)
+    near = jnp.abs(weight) < 0.5
+    return jnp.where(near, x + weight * (y - x), y - (y - x) * (1 - weight))
+
+
+@lowers("aten.addcmul.default")
+def addcmul(x: jax.Array, y: jax.Array, z: jax.Array, *, value: Any = 1, out: Out) -> jax.Array:
+    return x.astype(out.dtype) + as_array(value, out.dtype) * y.astype(out.dtype) * z.astype(out.dtype)
+
+
+@lowers("aten.addcdiv.default")
+def addcdiv(x: jax.Array, y: jax.Array, z: jax.Array, *, value: Any = 1, out: Out) -> jax.Array:
+    return x.astype(out.dtype) + as_array(value, out.dtype) * (y.astype(out.dtype) / z.astype(out.dtype))
+
+
+# -- choice ---------------------------------------------------------------------------------------------------
+
+
+@lowers("aten.where.self", "aten.where.Scalar", "aten.where.ScalarSelf", "aten.where.ScalarOther")
+def where(condition: jax.Array, x: Any, y: Any, *, out: Out) -> jax.Array:
+    return jnp.where(condition.astype(bool), as_array(x, out.dtype), as_array(y, out.dtype))
+
+
+@lowers("aten.clamp.default", "aten.clamp.Tensor")
+def clamp(x: jax.Array, min: Any = None, max: Any = None, *, out: Out) -> jax.Array:
+    # At the ends the derivative is that of `x`, all of it.
+    x = x.astype(out.dtype)
+    for bound, beyond in ((min, jnp.less), (max, jnp.greater)):
+        if bound is not None:
+            bound = as_array(bound, out.dtype)
+            x = jnp.where(beyond(x, bound) | (bound != bound), bound, x)
+    return x
+
+
+@lowers("aten.clamp_min.default", "aten.clamp_min.Tensor")
+def clamp_min(x: jax.Array, min: Any, *, out: Out) -> jax.Array:
+    return clamp(x, min, out=out)
+
+
+@lowers("aten.clamp_max.default", "aten.clamp_max.Tensor")
+def clamp_max(x: jax.Array, max: Any, *, out: Out) -> jax.Array:
+    return clamp(x, None, max, out=out)
+
+
+@lowers("aten.masked_fill.Scalar", "aten.masked_fill.Tensor")
+def masked_fill(x: jax.Array, mask: jax.Array, value: Any) -> jax.Array:
+    return jnp.where(mask, as_array(value, x.dtype), x)
+
+
+@lowers("aten.threshold.default")
+def threshold(x: jax.Array, threshold: Any, value: Any) -> jax.Array:
+    return jnp.where(x <= threshold, as_array(value, x.dtype), x)
+
+
+@lowers("aten.copy.default")
+def copy(x: jax.Array, source: jax.Array, non_blocking: bool = False) -> jax.Array:
+    return jnp.broadcast_to(source.astype(x.dtype), x.shape)
+
+
+# -- activations ----------------------------------------------------------------------------------------------
+
+
+@lowers("aten.relu.default")
+def relu(x: jax.Array) -> jax.Array:
+    # Minus zero and NaN stay, and zero has no derivative.
+    return jnp.where(x <= 0, lax.stop_gradient(jnp.where(x < 0, jnp.zeros_like(x), x)), x)
+
+
+@lowers("aten.hardtanh.default")
+def hardtanh(x: jax.Array, min_val: Any = -1, max_val: Any = 1) -> jax.Array:
+    return _between(x, min_val, max_val)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _between(x: jax.Array, low: Any, high: Any) -> jax.Array:
+    """`x` cut off at both ends, with torch's derivative there: none."""
+    low, high = as_array(low, x.dtype), as_array(high, x.dtype)
+    return jnp.where(x < low, low, jnp.where(x > high, high, x))  # minus zero stays
+
+
+@_between.defjvp
+def _(low: Any, high: Any, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    (x,), (tangent,) = primals, tangents
+    return _between(x, low, high), jnp.where((x > low) & (x < high), tangent, 0)
+
+
+@lowers("aten.leaky_relu.default")
+def leaky_relu(x: jax.Array, negative_slope: Any = 0.01) -> jax.Array:
+    return jnp.where(x > 0, x, x * as_array(negative_slope, x.dtype))
+
+
+@lowers("aten._prelu_kernel.default")
+def prelu(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return jnp.where(x > 0, x, x * weight)
+
+
+@lowers("aten.elu.default")
+def elu(x: jax.Array, alpha: Any = 1, scale: Any = 1, input_scale: Any = 1) -> jax.Array:
+    safe = jnp.where(x > 0, 0, x)
+    return jnp.where(x > 0, x * scale, scale * alpha * jnp.expm1(safe * input_scale)).astype(x.dtype)
+
+
+@lowers("aten.celu.default")
+def celu(x: jax.Array, alpha: Any = 1) -> jax.Array:
+    return elu(x, alpha, 1, 1 / alpha)
+
+
+@lowers("aten.gelu.default")
+def gelu(x: jax.Array, *, approximate: str = "none") -> jax.Array:
+    if approximate == "tanh":
+        return jax.nn.gelu(x, approximate=True)
+    return x * 0.5 * (1 + lax.erf(x * as_array(math.sqrt(0.5), x.dtype)))
+
+
+@lowers("aten.softplus.default")
+def softplus(x: jax.Array, beta: Any = 1, threshold: Any = 20) -> jax.Array:
+    scaled = x * beta
+    linear = scaled > threshold
+    return jnp.where(linear, x, jnp.log1p(jnp.exp(jnp.where(linear, 0, scaled))) / beta)
+
+
+@lowers("aten.log_sigmoid_forward.default")
+def log_sigmoid(x: jax.Array, *, out: Sequence[Out]) -> tuple[jax.Array, jax.Array]:
+    return jax.nn.log_sigmoid(x), jnp.zeros(out[1].shape, out[1].dtype)
+
+
+@lowers("aten.hardsigmoid.default")
+def hardsigmoid(x: jax.Array) -> jax.Array:
+    return _between(x + 3, 0, 6) / 6
+
+
+@lowers("aten.hardswish.default")
+def hardswish(x: jax.Array) -> jax.Array:
+    nothing = lax.stop_gradient(x * 0)  # minus zero, and NaN for minus infinity
+    curved = (x >= -3) & (x <= 3)
+    between = jnp.where(curved, x, 0)
+    return jnp.where(curved, between * (between + 3) / 6, jnp.where(x < -3, nothing, x)).astype(x.dtype)
+
+
+@lowers("aten.mish.default")
+def mish(x: jax.Array) -> jax.Array:
+    return x * jnp.tanh(jax.nn.softplus(x))
+
+
+@lowers("aten.glu.default")
+def glu(x: jax.Array, dim: int = -1) -> jax.Array:
+    left, right = jnp.split(x, 2, axis=dim)
+    return left * jax.nn.sigmoid(right)
+
+
+@lowers("aten.hardshrink.default")
+def hardshrink(x: jax.Array, lambd: Any = 0.5) -> jax.Array:
+    return jnp.where((x >= -lambd) & (x <= lambd), 0, x)
+
+
+@lowers("aten.softshrink.default")
+def softshrink(x: jax.Array, lambd: Any = 0.5) -> jax.Array:
+    return jnp.where(x > lambd, x - lambd, jnp.where(x < -lambd, x + lambd, x * 0))
+
+
+# -- complex numbers and dtypes -------------------------------------------------------------------------------
+
+
+@lowers("aten.complex.default")
+def complex_(real: jax.Array, imag: jax.Array) -> jax.Array:
+    return lax.complex(*jnp.broadcast_arrays(real, imag))
+
+
+@lowers("aten.polar.default")
+def polar(size: jax.Array, angle: jax.Array) -> jax.Array:
+    return lax.complex(*jnp.broadcast_arrays(size * jnp.cos(angle), size * jnp.sin(angle)))
+
+
+@lowers("aten._to_copy.default")
+def to_copy(x: jax.Array, *, dtype: Any = None, out: Out) -> jax.Array:
+    return cast(x, out.dtype)
+
+
+def cast(x: jax.Array, dtype: np.dtype[Any]) -> jax.Array:
+    """The values in another dtype: complex numbers lose their imaginary part, other numbers their fractions."""
+    if category(x.dtype) == 3 and category(dtype) != 3:
+        x = x != 0 if category(dtype) == 0 else jnp.real(x)
+    if category(x.dtype) == 2 and category(dtype) == 1 and dtype.itemsize < 4:
+        x = x.astype(np.int32)  # of what does not fit, torch keeps the last bits
+    return x.astype(dtype)

@@ -1,0 +1,78 @@
+"""Every converter × every model for the engine that translates: outputs, gradients, state, masks by key."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+import test_models
+from models import CONVERTERS, MODELS, output_leaves, to_jax
+
+from pytorch2jax import CaptureError
+
+pytestmark = [pytest.mark.usefixtures("x32"), pytest.mark.filterwarnings("ignore")]
+
+REFUSED = {"branches": "reads a value", "mixture of experts": "loops over the experts that were chosen"}
+DRAWS = {
+    "dropout",
+    "rrelu",
+    "lstm",
+    "attention",
+    "encoder",
+    "transformer",
+    "stochastic depth",
+    "bert",
+    "gpt2",
+    "t5",
+}
+"""Models that draw random numbers in train mode, with `backend="xla"` other ones than torch."""
+
+
+def xla(converter):
+    return type(converter.__name__, (converter,), {"backend": "xla"})
+
+
+TRACEABLE = [row for row in MODELS if row.name not in REFUSED]
+DRESSED = ("residual", "dropout", "tied", "bert")
+"""Models that all converters are tried on; what is in between is the same for all."""
+
+
+def cases(rows):
+    """Each model as a JAX function, a few in every dress."""
+    return [
+        pytest.param(row, xla(c), id=f"{row}-{c.__name__.removesuffix('Converter')}")
+        for row in rows
+        for c in (CONVERTERS if row.name in DRESSED else CONVERTERS[:1])
+    ]
+
+
+@pytest.mark.parametrize(("row", "converter"), cases(TRACEABLE))
+def test_eval_mode(row, converter):
+    test_models.check(row, converter, train=False)
+
+
+@pytest.mark.parametrize(("row", "converter"), cases([row for row in TRACEABLE if row.name not in DRAWS]))
+def test_train_mode(row, converter):
+    test_models.check(row, converter, train=True)
+
+
+@pytest.mark.parametrize(("row", "converter"), cases([row for row in TRACEABLE if row.name in DRAWS]))
+def test_masks_by_key(row, converter):
+    model = row.build().train()
+    args, kwargs = to_jax((row.args, row.kwargs))
+    converted = converter(model, args, kwargs)
+
+    def call(key):
+        return output_leaves(converted.call(converted.params, args, kwargs, key=key, train=True)[0])[0]
+
+    first, second = jax.random.key(1), jax.random.key(2)
+    np.testing.assert_allclose(call(first), jax.jit(call)(first), rtol=1e-4, atol=1e-6)  # the same mask
+    assert not np.array_equal(call(first), call(second))
+    rows = jax.vmap(call)(jax.numpy.stack([first, second]))
+    np.testing.assert_allclose(rows, [call(first), call(second)], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("row", "converter"), cases([row for row in MODELS if row.name in REFUSED]))
+def test_what_cannot_be_written_down_is_refused(row, converter):
+    with pytest.raises(CaptureError, match=r"backend=\"torch\""):
+        test_models.check(row, converter, train=False)

@@ -1,0 +1,185 @@
+"""Numbers as torch has them: rounding, signs, NaN, empty tensors, dtypes. And where they differ, as documented."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils import _pytree as pytree
+
+import pytorch2jax
+
+NAN, INF = float("nan"), float("inf")
+
+
+def leaves(tree):
+    """The arrays or tensors of an output, as NumPy arrays."""
+    flat = pytree.tree_leaves(tree)
+    return [np.asarray(pytorch2jax.t2j(x.detach(), copy=True) if isinstance(x, torch.Tensor) else x) for x in flat]
+
+
+def check(fn, *inputs, rtol=0.0):
+    """Same bits as torch, but for the sign and payload of NaN; with `rtol`, same signs and almost the rest."""
+    expected = leaves(fn(*inputs))
+    arrays = [pytorch2jax.t2j(t, copy=True) for t in inputs]
+    for jitted in (False, True):
+        f = pytorch2jax.torch2jax(fn, backend="xla")
+        actual = leaves((jax.jit(f) if jitted else f)(*arrays))
+        assert len(actual) == len(expected)
+        for a, e in zip(actual, expected, strict=True):
+            assert a.dtype == e.dtype
+            assert a.shape == e.shape
+            if a.dtype == jnp.bfloat16:
+                a, e = a.astype(np.float32), e.astype(np.float32)
+            np.testing.assert_allclose(a, e, rtol=rtol, atol=0, equal_nan=True)
+            if a.dtype.kind == "f":
+                np.testing.assert_array_equal(np.signbit(a)[~np.isnan(a)], np.signbit(e)[~np.isnan(e)])
+
+
+ODD = torch.tensor([0.0, -0.0, 1.0, -1.0, 2.5, -2.5, 0.5, -0.5, 3.5, INF, -INF, NAN], dtype=torch.float64)
+INTS = torch.tensor([-7, -3, -1, 0, 1, 3, 7])
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        torch.round,
+        torch.trunc,
+        torch.floor,
+        torch.ceil,
+        torch.frac,
+        torch.abs,
+        torch.neg,
+        torch.relu,
+        F.relu6,
+        F.hardswish,
+        F.leaky_relu,
+        torch.isnan,
+        torch.isinf,
+        torch.signbit,
+        torch.sqrt,
+        torch.reciprocal,
+        lambda x: x.clamp(-1, 1),
+        lambda x: x.nan_to_num(),
+        lambda x: torch.round(x, decimals=0),
+        lambda x: x[:9].int(),  # beyond its range, C leaves open what happens
+        lambda x: x == x,
+        lambda x: torch.where(x > 0, x, -x),
+        lambda x: torch.maximum(x, torch.zeros_like(x)),
+        lambda x: torch.fmax(x, torch.zeros_like(x)),
+        lambda x: x.max(),
+        lambda x: x[:-1].max(),
+        lambda x: x.sort(),
+        lambda x: x.sort(descending=True),
+        lambda x: x.topk(4).values,
+        lambda x: x.cummax(0),
+        lambda x: x.argmax(),
+        lambda x: x.argmin(),
+        lambda x: x.median(0),
+        lambda x: x.nanmedian(),
+        lambda x: x.unsqueeze(0).max(1),
+        lambda x: torch.copysign(torch.ones_like(x), x),
+    ],
+)
+def test_signs_infinities_and_nan(fn):
+    check(fn, ODD, rtol=5e-16)  # XLA multiplies by the inverse of a constant
+
+
+@pytest.mark.parametrize("mode", ["floor", "trunc"])
+@pytest.mark.parametrize("divisor", [2, -2, 3])
+def test_integer_division(mode, divisor):
+    check(lambda x: torch.div(x, divisor, rounding_mode=mode), INTS)
+    check(lambda x: x // divisor, INTS)
+    check(lambda x: x % divisor, INTS)
+    check(lambda x: torch.fmod(x, divisor), INTS)
+    check(lambda x: x / divisor, INTS, rtol=2e-7)  # XLA multiplies by the inverse
+    halves = INTS / 2
+    check(lambda x: torch.div(x, divisor, rounding_mode=mode), halves)
+    check(lambda x: x // divisor, halves)
+    check(lambda x: x % divisor, halves)
+
+
+def test_floor_division_of_floats_does_not_round_up():
+    x = torch.tensor([1.0, -1.0, 6.0, 0.3], dtype=torch.float64)
+    check(lambda x: x // 0.1, x)
+    check(lambda x: torch.div(x, 0.1, rounding_mode="floor"), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.uint8, torch.bool])
+def test_dtypes_are_torchs(dtype):
+    x = torch.tensor([0, 1, 3]).to(dtype)
+    check(lambda x: x + 1, x)
+    check(lambda x: x * 1.5, x, rtol=1e-2)
+    check(lambda x: x.sum(), x)
+    check(lambda x: x / 2, x, rtol=1e-2)
+    check(lambda x: x.float().mean().to(x.dtype), x, rtol=1e-2)
+    check(lambda x: torch.where(x > 0, x, 2), x)
+    check(lambda x: torch.cat([x, torch.ones(2, dtype=torch.float32)]), x)
+    check(lambda x: torch.tensor(2.0, dtype=torch.float64) * x, x, rtol=1e-2)
+
+
+EMPTY = torch.empty(0, 3, dtype=torch.float64)
+
+
+@pytest.mark.filterwarnings("ignore:var")
+@pytest.mark.parametrize(
+    "fn",
+    [
+        torch.sum,
+        torch.prod,
+        torch.mean,
+        lambda x: x.sum(0),
+        lambda x: x.prod(0),
+        lambda x: x.mean(0),
+        lambda x: x.var(0),
+        lambda x: x.all(),
+        lambda x: x.any(),
+        lambda x: x.logsumexp(0),
+        lambda x: x.norm(),
+        lambda x: x.cumsum(0),
+        lambda x: x.softmax(0),
+        lambda x: x @ torch.ones(3, 2, dtype=x.dtype),
+        lambda x: torch.ones(2, 0, dtype=x.dtype) @ x,
+        lambda x: x.sort(0),
+        lambda x: F.layer_norm(x, (3,)),
+        lambda x: torch.cat([x, x]),
+        lambda x: x[torch.zeros(0, dtype=torch.long)],
+    ],
+)
+def test_empty_tensors(fn):
+    check(fn, EMPTY)
+
+
+def test_the_exact_gelu_is_exact():
+    x = torch.linspace(-2, 5, 101, dtype=torch.float64)  # below, `1 + erf` has few digits left
+    check(F.gelu, x, rtol=1e-12)
+    check(lambda x: F.gelu(x, approximate="tanh"), x, rtol=1e-12)
+
+
+def test_autocast_and_bfloat16():
+    def fn(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = x @ x
+        return y, y.float().softmax(-1)
+
+    check(fn, torch.randn(4, 4, generator=torch.Generator().manual_seed(0)), rtol=2e-2)
+
+
+def test_indices_out_of_range_are_clamped():
+    """Torch raises; XLA cannot. It is documented: reads give the nearest element, writes there are dropped."""
+    x = jnp.arange(4.0)
+    gather = pytorch2jax.torch2jax(lambda x, i: x.gather(0, i), backend="xla")
+    np.testing.assert_array_equal(gather(x, jnp.array([1, 9])), [1.0, 3.0])
+    add = pytorch2jax.torch2jax(lambda x, i: x.scatter_add(0, i, torch.ones_like(x)), backend="xla")
+    np.testing.assert_array_equal(add(x, jnp.array([0, 0, 9, 9])), [2.0, 1.0, 2.0, 3.0])
+
+
+def test_without_64_bits(x32):
+    f = pytorch2jax.torch2jax(lambda x, i: (x[i], i.sum(), x.double().mean()), backend="xla")
+    x, i = jnp.arange(4.0), jnp.array([2, 0])
+    picked, total, mean = f(x, i)
+    assert (picked.dtype, total.dtype, mean.dtype) == (jnp.float32, jnp.int32, jnp.float32)
+    np.testing.assert_array_equal(picked, [2.0, 0.0])
