@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import pathlib
+import subprocess
+import sys
 import warnings
 
 import jax
@@ -17,6 +21,7 @@ from torch import nn
 
 import pytorch2jax
 from pytorch2jax import BridgedWarning, CaptureError, LoopWarning, OptionError, convert_pytnn_to_jax
+from pytorch2jax.xla._registry import lowers
 from pytorch2jax.xla._storage import Read, Write, geometry_of
 
 
@@ -172,7 +177,7 @@ def views(draw):
     return base, view
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(views())
 def test_parts_of_memory(pair):
     base, view = pair
@@ -432,3 +437,14 @@ def test_errors_name_the_line_of_the_model():
 def test_there_are_two_engines():
     with pytest.raises(OptionError, match="backend: expected 'torch' or 'xla', got 'tpu'"):
         pytorch2jax.torch2jax(torch.sin, backend="tpu")
+
+
+def test_an_operator_has_one_rule():
+    with pytest.raises(ValueError, match=r"aten.sin.default: expected one rule for each operator"):
+        lowers("aten.sin.default")(jnp.sin)
+
+
+def test_the_engine_is_imported_when_it_is_asked_for():
+    program = "import sys, pytorch2jax; assert not [m for m in sys.modules if m.startswith('pytorch2jax.xla')]"
+    root = str(pathlib.Path(pytorch2jax.__file__).parent.parent)
+    subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": root}, timeout=120, check=True)
