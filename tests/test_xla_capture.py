@@ -439,6 +439,15 @@ def test_there_are_two_engines():
         pytorch2jax.torch2jax(torch.sin, backend="tpu")
 
 
+def test_a_batch_times_one_matrix_is_one_product():
+    """Torch expands the matrix where the batch is not contiguous."""
+    f = torch2jax(lambda x, w: F.linear(x.transpose(0, 1), w))
+    x, w = torch.randn(5, 4, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    text = str(jax.make_jaxpr(f)(*arrays([x, w])))
+    assert "f64[20,2] = dot_general" in text
+    assert_same(f(*arrays([x, w])), F.linear(x.transpose(0, 1), w))
+
+
 def test_an_operator_has_one_rule():
     with pytest.raises(ValueError, match=r"aten.sin.default: expected one rule for each operator"):
         lowers("aten.sin.default")(jnp.sin)

@@ -21,7 +21,7 @@ from pytorch2jax._internals import TorchDispatchMode, fake_tensor_mode
 from pytorch2jax._torch_state import differentiable_kernels, forked_generators
 from pytorch2jax.xla._bridged import bridged
 from pytorch2jax.xla._custom import CustomGradient
-from pytorch2jax.xla._decompositions import FUNCTIONS, OPERATORS
+from pytorch2jax.xla._decompositions import FUNCTIONS, OPERATORS, bmm_with_one
 from pytorch2jax.xla._graph import Equation, Graph, Var, pruned, replaced
 from pytorch2jax.xla._internals import (
     HigherOrderOperator,
@@ -176,6 +176,9 @@ class Recorder(TorchDispatchMode):
             return self._batch_norm(*args, **kwargs)
         if func._schema.is_mutable:
             return self._in_place(func, args, kwargs)
+        if func is aten.bmm.default and args[1].stride(0) == 0 and args[1].shape[0] > 1:
+            with self:
+                return bmm_with_one(*args)
         composite = not func.is_view or func._can_decompose()
         if rule_for(func) is None and composite and func not in self._apart:
             # Decompositions call functions such as `to`, which may be views and may be none, and arrive whole.
