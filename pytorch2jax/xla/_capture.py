@@ -179,10 +179,8 @@ class Recorder(TorchDispatchMode):
         if func is aten.bmm.default and args[1].stride(0) == 0 and args[1].shape[0] > 1:
             with self:
                 return bmm_with_one(*args)
-        composite = not func.is_view or func._can_decompose()
-        if rule_for(func) is None and composite and func not in self._apart:
-            # Decompositions call functions such as `to`, which may be views and may be none, and arrive whole.
-            whole = OPERATORS.get(func) or (func.decompose if func.is_view else decomposition(func))
+        if rule_for(func) is None and func not in self._apart:
+            whole = OPERATORS.get(func) or decomposition(func)
             if whole is not None:
                 self._apart.append(func)
                 try:
@@ -312,19 +310,15 @@ class Recorder(TorchDispatchMode):
         eps: float,
     ) -> Any:
         """Torch does not say of this operator that it writes to the running statistics."""
-        if mean is None or var is None or not training:
+        if mean is None or var is None:
             with self:
-                if mean is None or var is None:
-                    return aten._native_batch_norm_legit.no_stats(x, weight, bias, training, momentum, eps)
+                return aten._native_batch_norm_legit.no_stats(x, weight, bias, training, momentum, eps)
+        if not training:
+            with self:
                 return aten._native_batch_norm_legit_no_training.default(x, weight, bias, mean, var, momentum, eps)
-        with self:
-            *out, new_mean, new_var = aten._native_batch_norm_legit_functional.default(
-                x, weight, bias, mean, var, training, momentum, eps
-            )
-        with torch.no_grad():
-            self._write(mean, new_mean)
-            self._write(var, new_var)
-        return tuple(out)
+        whole = aten._native_batch_norm_legit_functional.default
+        args = (x, weight, bias, mean, var, training, momentum, eps)
+        return self._with_results(aten.native_batch_norm.default, whole, args, {}, [mean, var])
 
     # -- hand-written gradients ------------------------------------------------------------------------------
 

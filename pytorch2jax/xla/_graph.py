@@ -33,7 +33,6 @@ class Equation(NamedTuple):
     several: whether the operator returns a sequence.
     constant: grad mode was off, so that no derivative goes through.
     draw: for random operators, their number among them.
-    line: where in the user's code it was called, for messages.
     """
 
     operator: Any

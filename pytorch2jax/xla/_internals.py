@@ -20,7 +20,8 @@ aten = torch.ops.aten
 def decomposition(operator: OpOverload) -> Callable[..., Any] | None:
     """The operator in terms of others, or None.
 
-    Views are taken apart only where torch itself does so: `x.to(dtype)` may be a view, and most often is not.
+    Views are taken apart only where torch itself does so: `x.to(dtype)` may be a view, and most often is not. Such
+    functions arrive whole where decompositions call them.
     """
     if operator.is_view:
         return operator.decompose if operator._can_decompose() else None

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pytorch2jax.xla._registry import Out, lowers
-from pytorch2jax.xla.lowerings.reductions import precise
+from pytorch2jax.xla.lowerings._promotion import precise
 
 
 @lowers("aten._scaled_dot_product_flash_attention_for_cpu.default")

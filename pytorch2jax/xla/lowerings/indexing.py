@@ -16,7 +16,7 @@ from jax import lax
 
 from pytorch2jax._errors import CaptureError
 from pytorch2jax.xla._registry import Out, lowers
-from pytorch2jax.xla.lowerings.reductions import precise
+from pytorch2jax.xla.lowerings._promotion import precise
 
 
 def _index(x: jax.Array, indices: Sequence[Any]) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from pytorch2jax.xla._registry import Out, lowers
-from pytorch2jax.xla.lowerings.reductions import precise
+from pytorch2jax.xla.lowerings._promotion import precise
 
 
 @lowers("aten._ctc_loss.default", "aten._ctc_loss.Tensor")

@@ -11,7 +11,8 @@ import numpy as np
 from jax import lax
 
 from pytorch2jax.xla._registry import Out, lowers
-from pytorch2jax.xla.lowerings.reductions import norm, precise
+from pytorch2jax.xla.lowerings._promotion import precise
+from pytorch2jax.xla.lowerings.reductions import norm
 
 
 def _normalised(x: jax.Array, axes: tuple[int, ...], eps: float) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:

@@ -11,8 +11,7 @@ import numpy as np
 from jax import lax
 
 from pytorch2jax.xla._registry import Out, lowers
-from pytorch2jax.xla.lowerings._promotion import category
-from pytorch2jax.xla.lowerings._promotion import precise as precise  # for the other rules, too
+from pytorch2jax.xla.lowerings._promotion import category, precise
 from pytorch2jax.xla.lowerings._special import absolute
 
 
