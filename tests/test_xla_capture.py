@@ -445,6 +445,8 @@ def test_a_batch_times_one_matrix_is_one_product():
     x, w = torch.randn(5, 4, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
     text = str(jax.make_jaxpr(f)(*arrays([x, w])))
     assert "f64[20,2] = dot_general" in text
+    text = str(jax.make_jaxpr(jax.grad(lambda w: f(arrays([x])[0], w).sum()))(arrays([w])[0]))
+    assert "f64[4,2,3]" not in text and "f64[4,3,2]" not in text, "the gradient of the expanded matrix"
     assert_same(f(*arrays([x, w])), F.linear(x.transpose(0, 1), w))
 
 

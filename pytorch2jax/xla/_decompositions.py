@@ -130,9 +130,11 @@ def bmm_with_one(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Products of a batch with one matrix, which torch expands to a batch where `x` is not contiguous.
 
     It costs torch nothing; XLA would multiply with each copy by itself, six times as slow as one product of matrices.
+    The matrix is read from memory: a gradient that went through `y[0]` and `expand` would be a batch, mostly of zeros.
     """
     batch, n, k = x.shape
-    return aten.mm(x.reshape(batch * n, k), y[0]).view(batch, n, y.shape[2])
+    one = y.as_strided(y.shape[1:], y.stride()[1:], y.storage_offset())
+    return aten.mm(x.reshape(batch * n, k), one).view(batch, n, y.shape[2])
 
 
 OPERATORS: dict[Any, Callable[..., Any]] = {
