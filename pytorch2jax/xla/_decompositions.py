@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pytorch2jax.xla._internals import aten, istft_without_a_check
+from pytorch2jax.xla._recurrent import LAYERS
 
 
 def _lstsq(
@@ -159,6 +160,7 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.narrow: _narrow,
     **{f: functools.partial(_with_lengths, f) for f in (torch.ctc_loss, torch.nn.functional.ctc_loss)},
     torch.linalg.matrix_rank: _matrix_rank,
+    **LAYERS,
 }
 """Functions that torch composes of operators in a way that cannot be followed."""
 if hasattr(torch.nn.functional, "linear_cross_entropy"):  # torch 2.13
