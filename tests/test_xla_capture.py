@@ -411,6 +411,30 @@ def test_an_operator_without_a_rule_runs_in_torch_and_is_named_once():
     np.testing.assert_allclose(rows, out)
 
 
+@torch.library.custom_op("pytorch2jax_tests::double_into", mutates_args=("out",))
+def double_into(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    out.copy_(2 * x)
+    return x.sum()
+
+
+@double_into.register_fake
+def _(x, out):
+    return x.new_empty(())
+
+
+def test_an_operator_of_somebody_elses_writes_to_its_arguments():
+    def fn(x):
+        y = torch.zeros(2, *x.shape, dtype=x.dtype)
+        z = y.flatten()
+        total = torch.ops.pytorch2jax_tests.double_into(x, y[1])
+        return y, z + total, x
+
+    x = torch.randn(3, dtype=torch.float64)
+    f = torch2jax(fn)
+    with pytest.warns(BridgedWarning, match="double_into"):
+        assert_same(jax.jit(f)(*arrays([x])), fn(x))
+
+
 def test_a_constant_that_is_written_to_is_refused():
     count = torch.zeros(3, dtype=torch.float64)
 

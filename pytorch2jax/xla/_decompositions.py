@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from pytorch2jax.xla._internals import aten, istft_without_a_check
-from pytorch2jax.xla._recurrent import LAYERS
 
 
 def _lstsq(
@@ -144,11 +143,15 @@ OPERATORS: dict[Any, Callable[..., Any]] = {
 }
 """Instead of torch's decompositions."""
 
-FUNCTIONS: dict[Any, Callable[..., Any]] = {
+DETACHING: dict[Any, Callable[..., Any]] = {
     vars(torch._C.TensorBase)["data"].__get__: _detached,
     torch.detach: _detached,
     torch.Tensor.detach: _detached,
     torch.Tensor.detach_: _detached_in_place,
+}
+"""Functions that cut derivatives."""
+
+FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.istft: istft_without_a_check,
     torch.Tensor.istft: istft_without_a_check,
     torch.cov: _cov,
@@ -160,7 +163,6 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.narrow: _narrow,
     **{f: functools.partial(_with_lengths, f) for f in (torch.ctc_loss, torch.nn.functional.ctc_loss)},
     torch.linalg.matrix_rank: _matrix_rank,
-    **LAYERS,
 }
 """Functions that torch composes of operators in a way that cannot be followed."""
 if hasattr(torch.nn.functional, "linear_cross_entropy"):  # torch 2.13

@@ -1,0 +1,93 @@
+"""Calls of `torch.autograd.Function`: written down with the backward that its author wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pytorch2jax._errors import CaptureError
+from pytorch2jax.xla._custom import CustomGradient
+from pytorch2jax.xla._graph import Equation, Var
+
+if TYPE_CHECKING:
+    from pytorch2jax.xla._recorder import Recorder
+
+
+def record_function(recorder: Recorder, apply: Callable[..., Any], cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """Write down a call of `cls.apply(*args)`: its forward and its backward, which are captured both."""
+    if cls.__module__ == "torch.utils.checkpoint":
+        run, _, *rest = args
+        return run(*rest)
+    where = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
+    active = [i for i in where if args[i].is_floating_point() or args[i].is_complex()]
+    if not active or recorder.cuts():
+        return apply(*args, **kwargs)
+    if any(args[i].requires_grad for i in active):
+        raise CaptureError(
+            f"{recorder.name}: {cls.__qualname__}: a torch.autograd.Function in a function that takes derivatives "
+            'itself, which would have to go through it. Use `backend="torch"`, which runs it as it is.'
+        )
+    given = [recorder.var_of(args[i]) for i in where]
+    first_draw = recorder.n_draws
+    with recorder.hand_written():
+        function, out = _captured(recorder, apply, cls, args, kwargs, where, active)
+    several = isinstance(out, (tuple, list))
+    results = [recorder.anew(o) if isinstance(o, torch.Tensor) else o for o in (out if several else (out,))]
+    made = [r for r in results if isinstance(r, torch.Tensor)]
+    produced = tuple(Var(r.shape, r.dtype) for r in made)
+    draw = first_draw if recorder.n_draws > first_draw else None
+    arguments = (*given, *function.free)
+    recorder.equations.append(Equation(function, arguments, {}, produced, True, draw=draw))
+    for tensor, var in zip(made, produced, strict=True):
+        recorder.bind(tensor, var)
+    return tuple(results) if several else results[0]
+
+
+def _captured(
+    recorder: Recorder,
+    apply: Callable[..., Any],
+    cls: Any,
+    args: Any,
+    kwargs: Any,
+    where: list[int],
+    active: list[int],
+) -> tuple[CustomGradient, Any]:
+    """The function as one of arrays, and what it returned."""
+    inner = list(args)
+    for i in where:
+        inner[i] = recorder.anew(args[i])
+    leaves = [inner[i].requires_grad_() for i in active]
+    for i in active:  # torch itself refuses writes to a leaf
+        inner[i] = recorder.unseen(inner[i].clone)
+    primals = [recorder.take(inner[i]) for i in where]
+    out = apply(*inner, **kwargs)
+    tensors = [o for o in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(o, torch.Tensor)]
+    outputs = tuple(recorder.var_of(o) for o in tensors)
+    for i in where:
+        if recorder.storage_of(inner[i]).version:
+            raise CaptureError(
+                f"{recorder.name}: {cls.__qualname__}: expected a torch.autograd.Function that leaves its inputs as "
+                'they are, got one that writes to them, for which JAX has no rule. Use `backend="torch"`.'
+            )
+    forward, recorder.equations = recorder.equations, []
+    differentiable = [i for i, o in enumerate(tensors) if o.requires_grad]
+    cotangents = [recorder.anew(tensors[i]) for i in differentiable]
+    arriving = tuple(map(recorder.take, cotangents))
+    gradients: Sequence[torch.Tensor | None] = [None] * len(leaves)
+    if differentiable:
+        ends = [tensors[i] for i in differentiable]
+        gradients = torch.autograd.grad(ends, leaves, cotangents, allow_unused=True)
+    pulled = tuple(None if g is None else recorder.var_of(g) for g in gradients)
+    return CustomGradient(
+        name=cls.__qualname__,
+        primals=tuple(primals),
+        active=tuple(where.index(i) for i in active),
+        forward=tuple(forward),
+        outputs=outputs,
+        differentiable=tuple(differentiable),
+        cotangents=arriving,
+        backward=tuple(recorder.equations),
+        gradients=pulled,
+    ), out

@@ -1,0 +1,233 @@
+"""The mode that writes down operators, and which tensor has which value.
+
+It sits below autograd, so that functions that torch composes of others arrive as those. Writes in place become new
+values (`_writes`), and operators that have no JAX function are taken apart (torch's own decompositions) until all parts
+have one. What remains is left to the bridge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from pytorch2jax._errors import CaptureError
+from pytorch2jax._internals import TorchDispatchMode
+from pytorch2jax.xla import _writes as writes
+from pytorch2jax.xla._bridged import bridged
+from pytorch2jax.xla._decompositions import OPERATORS, bmm_with_one
+from pytorch2jax.xla._graph import Equation, Var, replaced
+from pytorch2jax.xla._internals import HigherOrderOperator, OpOverload, aten, decomposition
+from pytorch2jax.xla._registry import rule_for
+from pytorch2jax.xla._storage import Storage, geometry_of
+
+
+class Recorder(TorchDispatchMode):
+    """Writes down the operators that run.
+
+    Args:
+        name: the function's name, for messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.equations: list[Equation] = []
+        self.constants: dict[Var, torch.Tensor] = {}
+        self.name = name
+        self._vars: dict[int, tuple[Var, int, int]] = {}  # with the storage, and the version of it, that a value is of
+        self._storages: dict[int, Storage] = {}
+        self._main = self.equations
+        self._depth = 0  # of hand-written gradients
+        self._asleep = False
+        self._foreign: dict[int, torch.Tensor] = {}
+        self._alive: list[torch.Tensor] = []  # so that nothing gets the address of something else
+        self.n_draws = 0
+        self._apart: list[OpOverload] = []  # what is taken apart now: some operators have nothing but themselves inside
+
+    # -- tensors and variables -------------------------------------------------------------------------------
+
+    def take(self, tensor: torch.Tensor) -> Var:
+        """A new variable for a tensor that comes from outside."""
+        var = Var(tensor.shape, tensor.dtype)
+        self.bind(tensor, var)
+        return var
+
+    def var_of(self, tensor: torch.Tensor) -> Var:
+        """The present value of a tensor."""
+        known = self._vars.get(id(tensor))
+        key = tensor.untyped_storage()._cdata
+        storage = self._storages.get(key)
+        if known is not None and storage is not None and known[1:] == (key, storage.version):
+            var = known[0]
+            if var.shape == tuple(tensor.shape):  # it may have been moved since
+                return var
+        if storage is None:
+            return self._constant(tensor)
+        read = storage.read(geometry_of(tensor))
+        if read is None:
+            raise CaptureError(
+                f"{self.name}: expected views that JAX can follow, got a tensor of {tensor.dtype} that shares memory "
+                "with one of another dtype that was written to. Write to a copy (`x = x.clone()`), or use "
+                '`backend="torch"`, which runs it as it is.'
+            )
+        self.note(tensor, read, storage)
+        return read
+
+    def note(self, tensor: torch.Tensor, var: Var, storage: Storage) -> None:
+        """A tensor has this value until its storage is written to."""
+        self._vars[id(tensor)] = var, tensor.untyped_storage()._cdata, storage.version
+        self._alive.append(tensor)
+
+    def _constant(self, tensor: torch.Tensor) -> Var:
+        if getattr(tensor, "fake_mode", None) is not None or tensor.is_meta:
+            raise CaptureError(
+                f"{self.name}: expected tensors that are made of its arguments, got {tensor.dtype}"
+                f"{list(tensor.shape)} that was computed where no operator was seen. "
+                'Use `backend="torch"`, which runs it as it is.'
+            )
+        var = Var(tensor.shape, tensor.dtype)
+        self.constants[var] = tensor
+        self.bind(tensor, var, self._main)
+        self._foreign[tensor.untyped_storage()._cdata] = tensor
+        return var
+
+    def bind(self, tensor: torch.Tensor, var: Var, equations: list[Equation] | None = None) -> None:
+        """A tensor that nobody has seen has this value."""
+        key = tensor.untyped_storage()._cdata
+        storage = self._storages.get(key)
+        if storage is None:
+            n_elements = int(tensor.untyped_storage().nbytes()) // max(tensor.element_size(), 1)
+            storage = Storage(n_elements, self.equations if equations is None else equations)
+            self._storages[key] = storage
+        storage.add(geometry_of(tensor), var)
+        self.note(tensor, var, storage)
+
+    def storage_of(self, tensor: torch.Tensor) -> Storage:
+        """The storage of a tensor that has been seen."""
+        return self._storages[tensor.untyped_storage()._cdata]
+
+    def check_constants(self) -> None:
+        """Raise if something was written to that is neither an argument nor made of them."""
+        for key, tensor in self._foreign.items():
+            if self._storages[key].version:
+                raise CaptureError(
+                    f"{self.name}: wrote to a tensor that is no argument ({tensor.dtype}{list(tensor.shape)}), "
+                    "expected a function of its arguments. Make it an argument or a buffer (`register_buffer`), or "
+                    'use `backend="torch"`.'
+                )
+
+    # -- operators ---------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._asleep:
+            return func(*args, **kwargs)
+        if isinstance(func, HigherOrderOperator):
+            raise CaptureError(
+                f"{self.name}: {func}: an operator on functions, which cannot be translated. "
+                'Use `backend="torch"`, which runs it as it is.'
+            )
+        if not isinstance(func, OpOverload) or not _computes(func):
+            return func(*args, **kwargs)
+        if func is aten.native_batch_norm.default:
+            return writes.batch_norm(self, *args, **kwargs)
+        if func._schema.is_mutable:
+            return writes.in_place(self, func, args, kwargs)
+        if func is aten.bmm.default and args[1].stride(0) == 0 and args[1].shape[0] > 1:
+            with self:
+                return bmm_with_one(*args)
+        if rule_for(func) is None and func not in self._apart:
+            out = self._taken_apart(func, args, kwargs)
+            if out is not NotImplemented:
+                return out
+        return self.record(func, args, kwargs)
+
+    def _taken_apart(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
+        whole = OPERATORS.get(func) or decomposition(func)
+        if whole is None:
+            return NotImplemented
+        self._apart.append(func)
+        try:
+            with self:
+                return whole(*args, **kwargs)
+        finally:
+            self._apart.pop()
+
+    def record(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
+        """Write an operator down; returns the fake tensors that it returns."""
+        given, named = (replaced(tree, self.var_of, torch.Tensor) for tree in (args, kwargs))
+        out = _FAKES.get(func, func)(*args, **kwargs)
+        several = isinstance(out, (list, tuple))
+        results = list(out) if several else [out]
+        if func.is_view and rule_for(func) is None:  # by its strides
+            for result in results:
+                self.var_of(result)
+            return out
+        outputs = tuple(Var(r.shape, r.dtype) if isinstance(r, torch.Tensor) else None for r in results)
+        equation = Equation(func, tuple(given), named, outputs, several, self.cuts(), self.draw_of(func))
+        self.equations.append(equation if rule_for(func) else bridged(equation))
+        for result, var in zip(results, outputs, strict=True):
+            if var is not None:
+                self.bind(result, var)
+        return out
+
+    def draw_of(self, func: OpOverload) -> int | None:
+        """The number of a random operator among them."""
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return None
+        self.n_draws += 1
+        return self.n_draws - 1
+
+    @contextmanager
+    def hand_written(self) -> Iterator[None]:
+        """Within this context, equations go into a list of their own, and grad mode is off as in any backward pass."""
+        outer, self.equations = self.equations, []
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            self.equations = outer
+
+    def anew(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor like this one that shares nothing with it, made by no operator."""
+        with torch.no_grad():
+            return self.unseen(
+                torch.empty_strided, tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+            )
+
+    def unseen(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a function of torch's that is not to be written down."""
+        self._asleep = True
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self._asleep = False
+
+    def cuts(self) -> bool:
+        """Whether no derivative goes through what runs now. Hand-written gradients run with grad mode off."""
+        return not torch.is_grad_enabled() and self._depth == 0
+
+
+def _computes(func: OpOverload) -> bool:
+    """Whether an operator has to do with values, not only with shapes and devices."""
+    if func.namespace == "prim" or func in _ABOUT_TENSORS:
+        return False
+    return any(_is_tensor(r.type) for r in func._schema.returns) or func._schema.is_mutable
+
+
+def _ctc_loss(log_probs: torch.Tensor, *how: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return log_probs.new_empty(log_probs.shape[1:-1]), log_probs.new_empty(0)
+
+
+_FAKES: dict[Any, Callable[..., Any]] = {aten._ctc_loss.default: _ctc_loss, aten._ctc_loss.Tensor: _ctc_loss}
+"""Operators whose outputs torch cannot tell shapes of without values, where it matters for no result."""
+
+
+def _is_tensor(kind: Any) -> bool:
+    return "Tensor" in str(kind)
+
+
+_ABOUT_TENSORS = frozenset({aten.is_same_size.default, aten._assert_tensor_metadata.default})
