@@ -183,3 +183,24 @@ def test_without_64_bits(x32):
     picked, total, mean = f(x, i)
     assert (picked.dtype, total.dtype, mean.dtype) == (jnp.float32, jnp.int32, jnp.float32)
     np.testing.assert_array_equal(picked, [2.0, 0.0])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 1), (2, 2)])
+@pytest.mark.parametrize(
+    "how", [{"padding": 1}, {"padding": (2, 3), "stride": (2, 1)}, {"padding": 4, "dilation": (1, 3)}]
+)
+def test_convolutions_with_kernels_larger_than_the_image(size, how):
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 3, *size, dtype=torch.float64), torch.randn(4, 3, 3, 3, dtype=torch.float64)
+    bias = torch.randn(4, dtype=torch.float64)
+
+    def fn(x, weight, bias):
+        return F.conv2d(x, weight, bias, **how).sin().sum()
+
+    f = pytorch2jax.torch2jax(fn, backend="xla")
+    arrays = [pytorch2jax.t2j(t, copy=True) for t in (x, weight, bias)]
+    assert "conv_general_dilated" not in str(jax.make_jaxpr(f)(*arrays))
+    tensors = [t.requires_grad_() for t in (x, weight, bias)]
+    expected = torch.autograd.grad(fn(*tensors), tensors)
+    for ours, theirs in zip(jax.grad(f, (0, 1, 2))(*arrays), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)

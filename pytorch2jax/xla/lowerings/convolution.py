@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 from jax import lax
 
 from pytorch2jax.xla._registry import Out, lowers
+from pytorch2jax.xla.lowerings._promotion import precise
 
 
 @lowers("aten.convolution.default", "aten._convolution.default", "aten.convolution_overrideable.default")
@@ -33,6 +36,8 @@ def convolution(
     stride, padding, dilation, output_padding = (_each(v, n) for v in (stride, padding, dilation, output_padding))
     if transposed:
         y = _transposed(x, weight, stride, padding, dilation, output_padding, groups)
+    elif groups == 1 and _kernel_is_larger(x.shape[2:], weight.shape[2:]):
+        y = _sum_of_products(x, weight, stride, padding, dilation, out)
     else:
         y = lax.conv_general_dilated(
             x,
@@ -57,6 +62,47 @@ def _each(value: Sequence[int], n: int) -> tuple[int, ...]:
 def _layout(n: int) -> tuple[str, str, str]:
     axes = "DHW"[-n:] if n <= 3 else "".join(chr(ord("a") + i) for i in range(n))
     return f"NC{axes}", f"OI{axes}", f"NC{axes}"
+
+
+_MOST_PRODUCTS = 64
+
+
+def _kernel_is_larger(size: Sequence[Any], kernel: Sequence[int]) -> bool:
+    """Whether the kernel reaches over the input along all axes: the last stages of networks for small images.
+
+    XLA's CPU backend then exchanges the two, and takes 10 to 50 times as long as for a kernel that fits.
+    """
+    known = all(isinstance(n, int) for n in size)
+    return known and all(n < k for n, k in zip(size, kernel, strict=True)) and math.prod(kernel) <= _MOST_PRODUCTS
+
+
+def _sum_of_products(
+    x: jax.Array,
+    weight: jax.Array,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    out: Out,
+) -> jax.Array:
+    """A convolution as a sum over the places of its kernel, each a product of matrices."""
+    n = weight.ndim - 2
+    windows = out.shape[-n:]
+    images = jnp.moveaxis(precise(x), 1, -1)
+    total = jnp.zeros((x.shape[0], *windows, weight.shape[0]), images.dtype)
+    for place in itertools.product(*map(range, weight.shape[2:])):
+        # The first and last window that has something but padding here, and what it has there.
+        slices, pads = [], []
+        for size, count, s, p, start in zip(
+            x.shape[2:], windows, stride, padding, (i * d for i, d in zip(place, dilation, strict=True)), strict=True
+        ):
+            first = max(0, -(-(p - start) // s))
+            last = min(count - 1, (size - 1 + p - start) // s)
+            slices.append(slice(first * s + start - p, last * s + start - p + 1, s) if first <= last else None)
+            pads.append((first, count - 1 - last))
+        if None not in slices:
+            product = images[:, *slices] @ precise(weight[:, :, *place]).T
+            total = total + jnp.pad(product, [(0, 0), *pads, (0, 0)])
+    return jnp.moveaxis(total, -1, 1)
 
 
 def _transposed(
