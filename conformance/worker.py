@@ -27,6 +27,7 @@ from conformance import samples
 from conformance.checks import CHECKS, DERIVATIVES, eagerly
 from conformance.compare import WrongError
 from conformance.exceptions import skipped
+from conformance.families import SEEN
 from conformance.oracle import TorchCannotError
 from pytorch2jax import BridgedWarning, Pytorch2JaxError
 from pytorch2jax import _errors as errors
@@ -153,10 +154,12 @@ def main() -> None:
     print(json.dumps({"operators": list(samples.OPERATORS)}), file=answers, flush=True)
     for line in sys.stdin:
         start = time.perf_counter()
+        SEEN.begin()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", BridgedWarning)
             outcomes = check_operator(line.strip(), count)
         answer = {"outcomes": list(map(dataclasses.asdict, outcomes)), "bridged": bridged_in(caught)}
+        answer |= {"families": sorted(SEEN.families), "error": float(f"{SEEN.error:.2g}")}
         print(json.dumps({**answer, "seconds": round(time.perf_counter() - start, 2)}), file=answers, flush=True)
 
 

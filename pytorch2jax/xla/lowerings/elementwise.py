@@ -453,6 +453,15 @@ def copysign(x: jax.Array, y: Any, *, out: Out) -> jax.Array:
     return jnp.copysign(x, lax.stop_gradient(as_array(y, out.dtype)))
 
 
+@lowers("aten.frexp.Tensor")
+def frexp(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    fixed = lax.stop_gradient(x)
+    _, exponent = jnp.frexp(fixed.astype(np.float32) if x.dtype.itemsize < 4 else fixed)
+    half = exponent // 2  # of both halves the power of two is a normal number
+    one = jnp.ones((), x.dtype)
+    return x * jnp.ldexp(one, -half).astype(x.dtype) * jnp.ldexp(one, half - exponent).astype(x.dtype), exponent
+
+
 @lowers("aten.maximum.default")
 def maximum(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
     return jnp.maximum(x.astype(out.dtype), y.astype(out.dtype))
