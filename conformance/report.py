@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch2jax
+from conformance import families
 from conformance.exceptions import BACKEND, KNOWN, reasons
 
 FOLDER = Path(__file__).resolve().parent / ("" if BACKEND == "torch" else BACKEND)
@@ -70,6 +71,10 @@ def verdict(outcome: dict[str, Any]) -> str:
 def complaints(results: dict[str, Any]) -> list[str]:
     """What is unexpected: outcomes without a reason and, if there are enough samples, reasons without an outcome."""
     found = [f"{name}: {answer['ended']}" for name, answer in results["operators"].items() if "ended" in answer]
+    for name, answer in results["operators"].items():
+        family = families.widest(answer.get("families", ()))
+        if family is not None and answer["error"] > families.TOLERANCES[family]:
+            found.append(f"{name}: {answer['error']} from torch, more than {family} may be")
     used: set[tuple[int, str]] = set()
     for outcome in outcomes(results):
         address, worst = (outcome["operator"], outcome["check"], outcome["dtype"]), verdict(outcome)
@@ -104,7 +109,25 @@ def markdown(results: dict[str, Any]) -> str:
     for check, count in counts.items():
         cells = (check, len(operators[check]), *(count[name] for name in _VERDICTS))
         lines.append(f"| {' | '.join(map(str, cells))} |\n")
-    return "".join([*lines, *_bridged(results), *_reasons(results)])
+    return "".join([*lines, *_precision(results), *_bridged(results), *_reasons(results)])
+
+
+def _precision(results: dict[str, Any]) -> Iterator[str]:
+    """How far single precision is from torch's, for each family."""
+    errors: dict[str | None, list[float]] = collections.defaultdict(list)
+    for answer in results["operators"].values():
+        if "families" in answer:
+            errors[families.widest(answer["families"])].append(answer["error"])
+    if BACKEND == "torch" or not errors:
+        return
+    yield "\n## Single precision\n\nThe kernels are XLA's, and round and add up in another order than torch's. "
+    yield "A distance is relative to |y| + max|y| / 10, with torch's result y and its largest element (at least 1). An "
+    yield "operator made of several families counts in the one with the widest tolerance. In double precision the "
+    yield "tolerance is 1e-7 for all, derivatives included.\n\n"
+    yield "| family | operators | tolerance | largest distance |\n|---|---|---|---|\n"
+    for family, tolerance in sorted(families.TOLERANCES.items(), key=lambda item: (item[1], item[0])):
+        if family in errors:
+            yield f"| {family} | {len(errors[family])} | {tolerance:.0e} | {max(errors[family]):.1e} |\n"
 
 
 def _bridged(results: dict[str, Any]) -> Iterator[str]:

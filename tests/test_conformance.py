@@ -2,37 +2,53 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from conformance import exceptions, report
+from conformance import exceptions, families, report
 from conformance.exceptions import Known
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-def test_every_thirtieth_operator(tmp_path):
-    command = [sys.executable, "-m", "conformance.run", "--shard", "3/30", "--samples", "1", "--processes", "1"]
+BACKENDS = ("torch", "xla")
+
+
+def run_conformance(backend, output, *arguments):
     done = subprocess.run(
-        [*command, "--output", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=900, check=False
+        [sys.executable, "-m", "conformance.run", *arguments, "--output", str(output)],
+        cwd=ROOT,
+        env={**os.environ, "PYTORCH2JAX_CONFORMANCE_BACKEND": backend},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    counts = [
-        sum(outcome[verdict] for outcome in report.outcomes(report.read(tmp_path)))
-        for verdict in ("passed", "refused", "failed")
-    ]
-    assert counts[0] > 300
     assert "Nothing unexpected" in done.stdout
+    return report.read(output)
+
+
+@pytest.mark.parametrize(("backend", "shard", "at_least"), [("torch", "3/30", 300), ("xla", "5/60", 150)])
+def test_some_operators(backend, shard, at_least, tmp_path):
+    results = run_conformance(backend, tmp_path, "--shard", shard, "--samples", "1", "--processes", "1")
+    assert sum(outcome["passed"] for outcome in report.outcomes(results)) > at_least
     assert "| second order |" in (tmp_path / report.MARKDOWN_NAME).read_text()
 
 
-def test_the_results_in_the_repository_are_as_expected():
-    results = report.read(ROOT / "conformance")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_results_in_the_repository_are_as_expected(backend, tmp_path):
+    folder = ROOT / "conformance" / ("" if backend == "torch" else backend)
+    for name in (report.JSON_NAME, report.MARKDOWN_NAME):
+        shutil.copy(folder / name, tmp_path)
+    results = run_conformance(backend, tmp_path, "--report")
     assert len(results["operators"]) > 600
-    assert report.complaints(results) == []
+    assert (tmp_path / report.MARKDOWN_NAME).read_text() == (folder / report.MARKDOWN_NAME).read_text()
 
 
 def run_program(program):
@@ -89,6 +105,16 @@ def test_an_interpreter_that_ends_is_unexpected(known):
     assert report.complaints(results) == ["sin: the process ended with -11"]
 
 
+def test_single_precision_has_a_tolerance_for_each_family(known, monkeypatch):
+    known()
+    monkeypatch.setattr(families, "TOLERANCES", {"views": 1e-7, "linalg": 1e-5})
+    results = found("passed")
+    results["operators"]["sin"] |= {"families": ["linalg", "views"], "error": 2e-5}
+    assert report.complaints(results) == ["sin: 2e-05 from torch, more than linalg may be"]
+    results["operators"]["sin"] |= {"error": 5e-6}
+    assert report.complaints(results) == []
+
+
 def test_what_is_not_tried_has_a_reason(known):
     known(Known("skipped", "It takes hours.", ("sin",), dtypes=("float64",)))
     assert exceptions.skipped("sin", "reverse", "float64")
@@ -118,7 +144,7 @@ import jax, torch
 jax.config.update("jax_enable_x64", True)
 from conformance import worker, checks
 assert all(o.passed and not o.failed for o in worker.check_operator("sin", 1))
-checks.torch2jax = lambda fn: __import__("pytorch2jax").torch2jax(lambda x: fn(x) + 1e-3 * x**2)
+checks.torch2jax = lambda fn, **how: __import__("pytorch2jax").torch2jax(lambda x: fn(x) + 1e-3 * x**2, **how)
 failed = {o.check for o in worker.check_operator("sin", 1) if o.failed}
 assert failed >= {"forward", "reverse", "forward mode", "second order", "vmap", "vmap of gradients"}, failed
 """

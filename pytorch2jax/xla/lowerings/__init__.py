@@ -1,6 +1,7 @@
 """The JAX function for each operator of torch's, one file for each family."""
 
 from pytorch2jax.xla.lowerings import (
+    activations,
     attention,
     convolution,
     creation,
@@ -15,10 +16,12 @@ from pytorch2jax.xla.lowerings import (
     recurrent,
     reductions,
     sorting,
+    special,
     views,
 )
 
 __all__ = [
+    "activations",
     "attention",
     "convolution",
     "creation",
@@ -33,5 +36,6 @@ __all__ = [
     "recurrent",
     "reductions",
     "sorting",
+    "special",
     "views",
 ]

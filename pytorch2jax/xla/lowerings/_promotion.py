@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from pytorch2jax.xla._registry import Out
 
 _HALF = (np.dtype(np.float16), np.dtype(jnp.bfloat16))
 _PYTHON = {bool: np.bool_, int: np.int64, float: np.float64, complex: np.complex128}
@@ -82,3 +85,19 @@ def _complex_of(real: np.dtype[Any] | None, dtype: np.dtype[Any]) -> np.dtype[An
     if real == np.float64 and category(dtype) == 3:
         return np.dtype(np.complex128)
     return dtype
+
+
+def in_dtype_of_result(function: Callable[[jax.Array], jax.Array], module: str) -> Callable[..., jax.Array]:
+    """The rule for a function of one argument, computed in the dtype of the result.
+
+    Args:
+        function: the function.
+        module: in whose name it is registered.
+    """
+
+    def rule(x: jax.Array, *, out: Out) -> jax.Array:
+        # The absolute value and the angle of complex numbers are real, and computed of the complex ones.
+        return function(x if category(x.dtype) == 3 else x.astype(out.dtype))
+
+    rule.__module__ = module
+    return rule

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jax.scipy.special as jsp
 import numpy as np
 from jax import lax
 
 from pytorch2jax.xla._registry import Out, lowers
 from pytorch2jax.xla.lowerings import _special as special
-from pytorch2jax.xla.lowerings._promotion import as_array, category, precise, result_type
+from pytorch2jax.xla.lowerings._promotion import as_array, category, in_dtype_of_result, result_type
 
 # -- one argument, computed in the dtype of the result -------------------------------------------------------
 
@@ -40,14 +37,6 @@ def _rsqrt(x: jax.Array) -> jax.Array:
     return 1 / jnp.sqrt(x) if category(x.dtype) == 3 else lax.rsqrt(x)
 
 
-def _reciprocal(x: jax.Array) -> jax.Array:
-    return 1 / x
-
-
-def _log1p(x: jax.Array) -> jax.Array:
-    return jnp.log1p(x)
-
-
 def _sgn(x: jax.Array) -> jax.Array:
     if category(x.dtype) == 3:
         size = jnp.abs(x)
@@ -62,18 +51,6 @@ def _sign(x: jax.Array) -> jax.Array:
     return (x > 0).astype(x.dtype) - (x < 0).astype(x.dtype)
 
 
-def _sinc(x: jax.Array) -> jax.Array:
-    return jnp.sinc(x)
-
-
-def _silu(x: jax.Array) -> jax.Array:
-    return x * jax.nn.sigmoid(x)
-
-
-def _erfinv(x: jax.Array) -> jax.Array:
-    return lax.erf_inv(x)
-
-
 _UNARY: dict[str, Callable[[jax.Array], jax.Array]] = {
     "abs": special.absolute,
     "acos": jnp.arccos,
@@ -86,39 +63,24 @@ _UNARY: dict[str, Callable[[jax.Array], jax.Array]] = {
     "ceil": _whole_as_is(jnp.ceil),
     "cos": jnp.cos,
     "cosh": jnp.cosh,
-    "digamma": special.digamma,
-    "erf": lax.erf,
-    "erfc": lax.erfc,
-    "erfinv": _erfinv,
     "exp": jnp.exp,
     "exp2": jnp.exp2,
     "expm1": jnp.expm1,
     "floor": _whole_as_is(jnp.floor),
     "frac": _frac,
-    "lgamma": special.lgamma,
     "log": jnp.log,
     "log10": jnp.log10,
-    "log1p": _log1p,
+    "log1p": jnp.log1p,
     "log2": jnp.log2,
     "neg": jnp.negative,
-    "reciprocal": _reciprocal,
+    "reciprocal": jnp.reciprocal,
     "round": _round,
     "rsqrt": _rsqrt,
     "sgn": _sgn,
     "sigmoid": jax.nn.sigmoid,
     "sign": _sign,
-    "silu": _silu,
     "sin": jnp.sin,
-    "sinc": _sinc,
     "sinh": jnp.sinh,
-    "special_i0e": jsp.i0e,
-    "special_i1": jsp.i1,
-    "special_i1e": jsp.i1e,
-    "special_entr": jsp.entr,
-    "special_log_ndtr": jsp.log_ndtr,
-    "special_ndtr": jsp.ndtr,
-    "special_ndtri": jsp.ndtri,
-    "i0": special.i0,
     "sqrt": jnp.sqrt,
     "tan": jnp.tan,
     "tanh": jnp.tanh,
@@ -126,26 +88,8 @@ _UNARY: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def _in_dtype_of_result(function: Callable[[jax.Array], jax.Array], *, widens: bool) -> Callable[..., jax.Array]:
-    def rule(x: jax.Array, *, out: Out) -> jax.Array:
-        # The absolute value and the angle of complex numbers are real, and computed of the complex ones.
-        x = x if category(x.dtype) == 3 else x.astype(out.dtype)
-        return function(precise(x) if widens else x)
-
-    return rule
-
-
-_WIDENS = frozenset(name for name in _UNARY if name.startswith("special_")) | {
-    "digamma",
-    "erfinv",
-    "i0",
-    "lgamma",
-    "sinc",
-}
-"""Functions of several steps, of which half precision would round each. Torch takes them in single precision."""
-
 for _name, _function in _UNARY.items():
-    lowers(f"aten.{_name}.default")(_in_dtype_of_result(_function, widens=_name in _WIDENS))
+    lowers(f"aten.{_name}.default")(in_dtype_of_result(_function, __name__))
 
 
 @lowers("aten.positive.default")
@@ -159,31 +103,6 @@ def round_decimals(x: jax.Array, *, decimals: int) -> jax.Array:
         return x
     factor = 10.0 ** abs(decimals)
     return _round(x * factor) / factor if decimals >= 0 else _round(x / factor) * factor
-
-
-@lowers("aten.logit.default")
-def logit(x: jax.Array, eps: float | None = None, *, out: Out) -> jax.Array:
-    x = x.astype(out.dtype)
-    if eps is not None:
-        x = clamp(x, eps, 1 - eps, out=out)
-    return _logit(x)
-
-
-@jax.custom_jvp
-def _logit(x: jax.Array) -> jax.Array:
-    """With torch's derivative beyond 0 and 1: NaN."""
-    return jnp.log(x / (1 - x))
-
-
-@_logit.defjvp
-def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    (x,), (tangent,) = primals, tangents
-    return _logit(x), tangent * jnp.where((x < 0) | (x > 1), jnp.nan, 1 / (x * (1 - x)))
-
-
-@lowers("aten.polygamma.default")
-def polygamma(n: int, x: jax.Array, *, out: Out) -> jax.Array:
-    return special.polygamma(n, precise(x.astype(out.dtype)))
 
 
 @lowers("aten.nan_to_num.default")
@@ -526,27 +445,6 @@ def logaddexp2(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
     return special.logaddexp2(*jnp.broadcast_arrays(x.astype(out.dtype), y.astype(out.dtype)))
 
 
-@lowers("aten.special_xlog1py.default", "aten.special_xlog1py.other_scalar", "aten.special_xlog1py.self_scalar")
-def xlog1py(x: Any, y: Any, *, out: Out) -> jax.Array:
-    x, y = as_array(x, out.dtype), as_array(y, out.dtype)
-    return x * jnp.log1p(jnp.where((x == 0) & ((y <= -1) | jnp.isinf(y)), 0, y))
-
-
-@lowers("aten.special_zeta.default", "aten.special_zeta.other_scalar", "aten.special_zeta.self_scalar")
-def zeta(x: Any, q: Any, *, out: Out) -> jax.Array:
-    return special.zeta(precise(as_array(x, out.dtype)), precise(as_array(q, out.dtype)))
-
-
-@lowers("aten.igamma.default")
-def igamma(a: jax.Array, x: jax.Array, *, out: Out) -> jax.Array:
-    return jsp.gammainc(lax.stop_gradient(precise(a.astype(out.dtype))), precise(x.astype(out.dtype)))
-
-
-@lowers("aten.igammac.default")
-def igammac(a: jax.Array, x: jax.Array, *, out: Out) -> jax.Array:
-    return jsp.gammaincc(lax.stop_gradient(precise(a.astype(out.dtype))), precise(x.astype(out.dtype)))
-
-
 @lowers("aten.lerp.Scalar", "aten.lerp.Tensor")
 def lerp(x: jax.Array, y: jax.Array, weight: Any, *, out: Out) -> jax.Array:
     weight = as_array(weight, out.dtype)
@@ -606,107 +504,6 @@ def threshold(x: jax.Array, threshold: Any, value: Any) -> jax.Array:
 @lowers("aten.copy.default")
 def copy(x: jax.Array, source: jax.Array, non_blocking: bool = False) -> jax.Array:
     return jnp.broadcast_to(source.astype(x.dtype), x.shape)
-
-
-# -- activations ----------------------------------------------------------------------------------------------
-
-
-@lowers("aten.relu.default")
-def relu(x: jax.Array) -> jax.Array:
-    # Minus zero and NaN stay, and zero has no derivative.
-    return jnp.where(x <= 0, lax.stop_gradient(jnp.where(x < 0, jnp.zeros_like(x), x)), x)
-
-
-@lowers("aten.hardtanh.default")
-def hardtanh(x: jax.Array, min_val: Any = -1, max_val: Any = 1) -> jax.Array:
-    return _between(x, min_val, max_val)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _between(x: jax.Array, low: Any, high: Any) -> jax.Array:
-    """`x` cut off at both ends, with torch's derivative there: none."""
-    low, high = as_array(low, x.dtype), as_array(high, x.dtype)
-    return jnp.where(x < low, low, jnp.where(x > high, high, x))  # minus zero stays
-
-
-@_between.defjvp
-def _(low: Any, high: Any, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    (x,), (tangent,) = primals, tangents
-    return _between(x, low, high), jnp.where((x > low) & (x < high), tangent, 0)
-
-
-@lowers("aten.leaky_relu.default")
-def leaky_relu(x: jax.Array, negative_slope: Any = 0.01) -> jax.Array:
-    return jnp.where(x > 0, x, x * as_array(negative_slope, x.dtype))
-
-
-@lowers("aten._prelu_kernel.default")
-def prelu(x: jax.Array, weight: jax.Array) -> jax.Array:
-    return jnp.where(x > 0, x, x * weight)
-
-
-@lowers("aten.elu.default")
-def elu(x: jax.Array, alpha: Any = 1, scale: Any = 1, input_scale: Any = 1) -> jax.Array:
-    safe = jnp.where(x > 0, 0, x)
-    return jnp.where(x > 0, x * scale, scale * alpha * jnp.expm1(safe * input_scale)).astype(x.dtype)
-
-
-@lowers("aten.celu.default")
-def celu(x: jax.Array, alpha: Any = 1) -> jax.Array:
-    return elu(x, alpha, 1, 1 / alpha)
-
-
-@lowers("aten.gelu.default")
-def gelu(x: jax.Array, *, approximate: str = "none") -> jax.Array:
-    if approximate == "tanh":
-        return jax.nn.gelu(x, approximate=True)
-    return x * 0.5 * (1 + lax.erf(x * as_array(math.sqrt(0.5), x.dtype)))
-
-
-@lowers("aten.softplus.default")
-def softplus(x: jax.Array, beta: Any = 1, threshold: Any = 20) -> jax.Array:
-    scaled = x * beta
-    linear = scaled > threshold
-    return jnp.where(linear, x, jnp.log1p(jnp.exp(jnp.where(linear, 0, scaled))) / beta)
-
-
-@lowers("aten.log_sigmoid_forward.default")
-def log_sigmoid(x: jax.Array, *, out: Sequence[Out]) -> tuple[jax.Array, jax.Array]:
-    return jax.nn.log_sigmoid(x), jnp.zeros(out[1].shape, out[1].dtype)
-
-
-@lowers("aten.hardsigmoid.default")
-def hardsigmoid(x: jax.Array) -> jax.Array:
-    return _between(x + 3, 0, 6) / 6
-
-
-@lowers("aten.hardswish.default")
-def hardswish(x: jax.Array) -> jax.Array:
-    nothing = lax.stop_gradient(x * 0)  # minus zero, and NaN for minus infinity
-    curved = (x >= -3) & (x <= 3)
-    between = jnp.where(curved, x, 0)
-    return jnp.where(curved, between * (between + 3) / 6, jnp.where(x < -3, nothing, x)).astype(x.dtype)
-
-
-@lowers("aten.mish.default")
-def mish(x: jax.Array) -> jax.Array:
-    return x * jnp.tanh(jax.nn.softplus(x))
-
-
-@lowers("aten.glu.default")
-def glu(x: jax.Array, dim: int = -1) -> jax.Array:
-    left, right = jnp.split(x, 2, axis=dim)
-    return left * jax.nn.sigmoid(right)
-
-
-@lowers("aten.hardshrink.default")
-def hardshrink(x: jax.Array, lambd: Any = 0.5) -> jax.Array:
-    return jnp.where((x >= -lambd) & (x <= lambd), 0, x)
-
-
-@lowers("aten.softshrink.default")
-def softshrink(x: jax.Array, lambd: Any = 0.5) -> jax.Array:
-    return jnp.where(x > lambd, x - lambd, jnp.where(x < -lambd, x + lambd, x * 0))
 
 
 # -- complex numbers and dtypes -------------------------------------------------------------------------------
