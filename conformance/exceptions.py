@@ -180,8 +180,8 @@ _XLA: tuple[Known, ...] = (
     ),
     Known(
         "failed",
-        "Torch runs it, and refuses gradients that depend on the phase of eigenvectors; to second order these are taken "
-        "of it alone, without what makes its result independent of the phase.",
+        "Torch runs it, and refuses gradients that depend on the phase of eigenvectors; these are taken "
+        "to second order of it alone, without what makes its result independent of the phase.",
         ("linalg.eig",),
         _SECOND,
     ),

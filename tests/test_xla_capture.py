@@ -193,106 +193,6 @@ def test_parts_of_memory(pair):
     np.testing.assert_array_equal(written, base.numpy())
 
 
-# -- what has no derivative -------------------------------------------------------------------------------------
-
-
-def _no_grad(x):
-    with torch.no_grad():
-        scale = x.abs().max()
-    return x / scale
-
-
-def _writes_under_no_grad(x):
-    y = x * 2
-    with torch.no_grad():
-        y.mul_(3)
-    return y
-
-
-@pytest.mark.parametrize(
-    "fn",
-    [
-        _no_grad,
-        _writes_under_no_grad,
-        lambda x: x * x.detach(),
-        lambda x: x * x.data,
-        lambda x: torch.where(x > 0, x, x.detach()),
-    ],
-)
-def test_gradients_are_cut_where_torch_cuts_them(fn):
-    x = X.clone().requires_grad_()
-    out = fn(x)
-    (expected,) = torch.autograd.grad(out.sum(), x)
-    f = torch2jax(fn)
-    assert_same(f(arrays([X])[0]), out)
-    assert_same(jax.grad(lambda x: f(x).sum())(arrays([X])[0]), expected)
-
-
-class Twice(torch.autograd.Function):
-    """`x * k` with a backward that is not that of its forward."""
-
-    @staticmethod
-    def forward(ctx, x, k, y):
-        ctx.save_for_backward(x, y)
-        ctx.k = k
-        return x * k, y.clone()
-
-    @staticmethod
-    def backward(ctx, dx, dy):
-        x, y = ctx.saved_tensors
-        return 100 * dx * x * ctx.k, None, dy * y
-
-
-class Clips(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.clamp(-1, 1)
-
-
-def _custom(x):
-    return Twice.apply(x, 3.0, x.sin())[0].cos() + Clips.apply(5 * x)
-
-
-def test_hand_written_gradients():
-    x = X.clone().requires_grad_()
-    out = _custom(x)
-    (expected,) = torch.autograd.grad((out**2).sum(), x)
-    f = torch2jax(_custom)
-    a = arrays([X])[0]
-    assert_same(f(a), out)
-    gradient = jax.grad(lambda x: (f(x) ** 2).sum())
-    assert_same(gradient(a), expected)
-    assert_same(jax.jit(gradient)(a), expected)
-    assert_same(jax.vmap(gradient)(a), expected)
-    assert_same(jax.jit(jax.grad(lambda x: (jax.checkpoint(f)(x) ** 2).sum()))(a), expected)
-
-
-def test_linear_backward_passes_have_forward_mode_and_higher_orders():
-    f = torch2jax(lambda x: Twice.apply(x, 3.0, x.sin())[0])
-    a = arrays([X])[0].ravel()
-    np.testing.assert_allclose(jax.jvp(f, (a,), (jnp.ones_like(a),))[1], 300 * a)
-    np.testing.assert_allclose(jnp.diagonal(jax.hessian(lambda x: f(x).sum())(a)), jnp.full(24, 300.0))
-
-
-def test_a_hand_written_gradient_that_writes_to_its_input_is_refused():
-    class Writes(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            ctx.mark_dirty(x)
-            return x.mul_(2)
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad * 2
-
-    with pytest.raises(CaptureError, match=r"Writes: .*backend=\"torch\""):
-        torch2jax(lambda x: Writes.apply(x * 1))(arrays([X])[0])
-
-
 # -- random numbers -----------------------------------------------------------------------------------------------
 
 
@@ -444,6 +344,50 @@ def test_a_constant_that_is_written_to_is_refused():
 
     with pytest.raises(CaptureError, match="no argument"):
         torch2jax(fn)(jnp.ones(3))
+
+
+# -- numbers that are known while the function is written down ---------------------------------------------------
+
+
+def _counts(x):
+    c = torch.tensor(1.0)
+    c += 1
+    return x * c.item()
+
+
+def _counts_until(x):
+    c, n = torch.tensor(0), 0
+    while c < 3 and n < 100:
+        c += 1
+        n += 1
+    return x + n
+
+
+def _through_a_view(x):
+    c = torch.tensor(3.0)
+    c.view(1).mul_(2)
+    return x * c.item()
+
+
+def _into_out(x):
+    c = torch.tensor(3.0)
+    torch.add(c, 4, out=c)
+    return x * c.item()
+
+
+@pytest.mark.parametrize("fn", [_counts, _counts_until, _through_a_view, _into_out])
+def test_constants_are_read_after_writes_to_them(fn):
+    check(fn)
+
+
+def test_a_constant_that_got_a_value_of_the_inputs_is_not_known():
+    def fn(x):
+        c = torch.tensor(3.0, dtype=x.dtype)
+        c.copy_(x.sum())
+        return x * c.item()
+
+    with pytest.raises(CaptureError, match=r"test_xla_capture.py:\d+ \(`return x \* c.item\(\)`\)"):
+        torch2jax(fn)(arrays([X])[0])
 
 
 def test_errors_name_the_line_of_the_model():

@@ -40,8 +40,8 @@ def graph_of(program: BoundFunction) -> Graph:
         symbols, programs = program.at_sizes
         return Unifier(program.name, symbols).graph([graph_of(p) for p in programs])
     with program.session():
-        differentiates = program.inferred.needs_grad is not False
-        return capture(program.name, program.outputs_of, program.tensor_inputs(), active=differentiates)
+        active = program.inferred.needs_grad is not False or program.inferred.asks
+        return capture(program.name, program.outputs_of, program.tensor_inputs(), active=active)
 
 
 def _translated(program: BoundFunction) -> Callable[..., list[Any]]:
@@ -62,7 +62,7 @@ def _tell_about_bridged(program: BoundFunction, graph: Graph) -> None:
     if names and program.first_time("bridged"):
         warnings.warn(
             f"{program.name}: operators without a JAX function, which torch runs inside the compiled program: "
-            f"{', '.join(names)}. The results are right; such a program cannot be exported or run on a TPU.",
+            f"{', '.join(names)}. Such a program cannot be exported or run on a TPU.",
             BridgedWarning,
             stacklevel=2,
         )

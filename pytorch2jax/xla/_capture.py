@@ -17,6 +17,7 @@ from pytorch2jax._torch_state import differentiable_kernels, forked_generators
 from pytorch2jax.xla._decompositions import DETACHING, FUNCTIONS
 from pytorch2jax.xla._graph import Graph, pruned
 from pytorch2jax.xla._hand_written import record_function
+from pytorch2jax.xla._hooks import HOOKS, refused, refusing_module_hooks
 from pytorch2jax.xla._internals import custom_functions
 from pytorch2jax.xla._recorder import Recorder
 from pytorch2jax.xla._recurrent import LAYERS
@@ -43,10 +44,15 @@ def capture(
             tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in inputs]
             if active:  # and are no leaves, so that the function may write to them
                 tensors = [t.requires_grad_() * 1 if t.is_floating_point() or t.is_complex() else t for t in tensors]
-            recorder = Recorder(name)
+            recorder = Recorder(name, active=active)
             taken = [recorder.take(tensor) for tensor in tensors]
             try:
-                with custom_functions(functools.partial(record_function, recorder)), _Instead(), recorder:
+                with (
+                    custom_functions(functools.partial(record_function, recorder)),
+                    refusing_module_hooks(name),
+                    _Instead(recorder),
+                    recorder,
+                ):
                     outputs = call(tensors)
                     results = tuple(recorder.var_of(t) for t in outputs)
                 recorder.check_constants()
@@ -57,14 +63,22 @@ def capture(
     return Graph(tuple(taken), recorder.constants, pruned(recorder.equations, results), results)
 
 
-_INSTEAD = {**DETACHING, **FUNCTIONS, **LAYERS}
-
-
 class _Instead(TorchFunctionMode):
     """Calls others for some of torch's functions."""
 
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in HOOKS:
+            raise refused(self._recorder.name, func.__name__)
+        if func in LAYERS and not self._recorder.differentiates:
+            return LAYERS[func](*args, **(kwargs or {}))
         return _INSTEAD.get(func, func)(*args, **(kwargs or {}))
+
+
+_INSTEAD = {**DETACHING, **FUNCTIONS}
 
 
 _TORCH, _OURS = Path(torch.__file__).parent, Path(__file__).parent.parent

@@ -10,6 +10,7 @@ import torch
 from pytorch2jax._errors import CaptureError
 from pytorch2jax.xla._custom import CustomGradient
 from pytorch2jax.xla._graph import Equation, Var
+from pytorch2jax.xla._internals import is_fake
 
 if TYPE_CHECKING:
     from pytorch2jax.xla._recorder import Recorder
@@ -22,9 +23,9 @@ def record_function(recorder: Recorder, apply: Callable[..., Any], cls: Any, *ar
         return run(*rest)
     where = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
     active = [i for i in where if args[i].is_floating_point() or args[i].is_complex()]
-    if not active or recorder.cuts():
+    if not active or recorder.cuts() or recorder.is_hand_written:
         return apply(*args, **kwargs)
-    if any(args[i].requires_grad for i in active):
+    if recorder.differentiates and any(args[i].requires_grad for i in active):
         raise CaptureError(
             f"{recorder.name}: {cls.__qualname__}: a torch.autograd.Function in a function that takes derivatives "
             'itself, which would have to go through it. Use `backend="torch"`, which runs it as it is.'
@@ -56,30 +57,39 @@ def _captured(
 ) -> tuple[CustomGradient, Any]:
     """The function as one of arrays, and what it returned."""
     inner = list(args)
+    primals: list[Var] = []
     for i in where:
-        inner[i] = recorder.anew(args[i])
+        # A backward pass may use what was passed again, under another name: the parameters of what it runs once more.
+        alone = sum(args[i] is args[j] for j in where) == 1
+        if not (alone and is_fake(args[i]) and args[i].is_leaf and not args[i].requires_grad):
+            inner[i] = recorder.anew(args[i])
+            recorder.take(inner[i])
+        primals.append(recorder.var_of(inner[i]))
+    before = [recorder.storage_of(inner[i]).version for i in where]
     leaves = [inner[i].requires_grad_() for i in active]
-    for i in active:  # torch itself refuses writes to a leaf
-        inner[i] = recorder.unseen(inner[i].clone)
-    primals = [recorder.take(inner[i]) for i in where]
-    out = apply(*inner, **kwargs)
-    tensors = [o for o in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(o, torch.Tensor)]
-    outputs = tuple(recorder.var_of(o) for o in tensors)
-    for i in where:
-        if recorder.storage_of(inner[i]).version:
-            raise CaptureError(
-                f"{recorder.name}: {cls.__qualname__}: expected a torch.autograd.Function that leaves its inputs as "
-                'they are, got one that writes to them, for which JAX has no rule. Use `backend="torch"`.'
-            )
-    forward, recorder.equations = recorder.equations, []
-    differentiable = [i for i, o in enumerate(tensors) if o.requires_grad]
-    cotangents = [recorder.anew(tensors[i]) for i in differentiable]
-    arriving = tuple(map(recorder.take, cotangents))
-    gradients: Sequence[torch.Tensor | None] = [None] * len(leaves)
-    if differentiable:
-        ends = [tensors[i] for i in differentiable]
-        gradients = torch.autograd.grad(ends, leaves, cotangents, allow_unused=True)
-    pulled = tuple(None if g is None else recorder.var_of(g) for g in gradients)
+    try:
+        try:
+            out = apply(*inner, **kwargs)
+        except RuntimeError as error:
+            if "leaf Variable that requires grad" not in str(error):
+                raise
+            raise _writes_to_inputs(recorder, cls) from error
+        tensors = [o for o in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(o, torch.Tensor)]
+        outputs = tuple(recorder.var_of(o) for o in tensors)
+        if before != [recorder.storage_of(inner[i]).version for i in where]:
+            raise _writes_to_inputs(recorder, cls)
+        forward, recorder.equations = recorder.equations, []
+        differentiable = [i for i, o in enumerate(tensors) if o.requires_grad]
+        cotangents = [recorder.anew(tensors[i]) for i in differentiable]
+        arriving = tuple(map(recorder.take, cotangents))
+        gradients: Sequence[torch.Tensor | None] = [None] * len(leaves)
+        if differentiable:
+            ends = [tensors[i] for i in differentiable]
+            gradients = torch.autograd.grad(ends, leaves, cotangents, allow_unused=True)
+        pulled = tuple(None if g is None else recorder.var_of(g) for g in gradients)
+    finally:
+        for leaf in leaves:
+            leaf.requires_grad_(False)
     return CustomGradient(
         name=cls.__qualname__,
         primals=tuple(primals),
@@ -91,3 +101,10 @@ def _captured(
         backward=tuple(recorder.equations),
         gradients=pulled,
     ), out
+
+
+def _writes_to_inputs(recorder: Recorder, cls: Any) -> CaptureError:
+    return CaptureError(
+        f"{recorder.name}: {cls.__qualname__}: expected a torch.autograd.Function that leaves its inputs as they are, "
+        'got one that writes to them, for which JAX has no rule. Use `backend="torch"`.'
+    )

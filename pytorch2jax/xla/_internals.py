@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import _SingleLevelFunction
 
 __all__ = ["HigherOrderOperator", "OpOverload"]
@@ -114,6 +115,21 @@ def variant_with_results(operator: OpOverload) -> OpOverload | None:
         return None
     found = getattr(packet, operator._overloadname)
     return found if len(found._schema.returns) > len(operator._schema.returns) else None
+
+
+def is_traced_by_others() -> bool:
+    """Whether somebody else's mode below ours writes operators down, too: `make_fx`."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has no values."""
+    return isinstance(tensor, FakeTensor)
+
+
+def is_known(tensor: torch.Tensor) -> bool:
+    """Whether a fake tensor has a value: it was made of a number."""
+    return getattr(tensor, "constant", None) is not None
 
 
 _PATCH = threading.Lock()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import jax
 import torch
 
 from pytorch2jax._errors import CaptureError
@@ -19,9 +20,15 @@ from pytorch2jax.xla import _writes as writes
 from pytorch2jax.xla._bridged import bridged
 from pytorch2jax.xla._decompositions import OPERATORS, bmm_with_one
 from pytorch2jax.xla._graph import Equation, Var, replaced
-from pytorch2jax.xla._internals import HigherOrderOperator, OpOverload, aten, decomposition
+from pytorch2jax.xla._internals import (
+    HigherOrderOperator,
+    OpOverload,
+    aten,
+    decomposition,
+    is_traced_by_others,
+)
 from pytorch2jax.xla._registry import rule_for
-from pytorch2jax.xla._storage import Storage, geometry_of
+from pytorch2jax.xla._storage import Geometry, Storage, geometry_of
 
 
 class Recorder(TorchDispatchMode):
@@ -29,14 +36,18 @@ class Recorder(TorchDispatchMode):
 
     Args:
         name: the function's name, for messages.
+        active: whether the function takes derivatives itself, or wants to know whether there will be any.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, active: bool = False) -> None:
         super().__init__()
         self.equations: list[Equation] = []
         self.constants: dict[Var, torch.Tensor] = {}
         self.name = name
-        self._vars: dict[int, tuple[Var, int, int]] = {}  # with the storage, and the version of it, that a value is of
+        self._active = active
+        # The value of a tensor, and of what: of which storage and version of it, and where in it.
+        self._vars: dict[int, tuple[Var, int, int, Geometry]] = {}
+        self._detached: set[int] = set()  # tensors through which no derivative goes into their memory
         self._storages: dict[int, Storage] = {}
         self._main = self.equations
         self._depth = 0  # of hand-written gradients
@@ -59,25 +70,28 @@ class Recorder(TorchDispatchMode):
         known = self._vars.get(id(tensor))
         key = tensor.untyped_storage()._cdata
         storage = self._storages.get(key)
-        if known is not None and storage is not None and known[1:] == (key, storage.version):
-            var = known[0]
-            if var.shape == tuple(tensor.shape):  # it may have been moved since
-                return var
+        if known is not None and storage is not None and known[1:] == (key, storage.version, geometry_of(tensor)):
+            return known[0]
         if storage is None:
             return self._constant(tensor)
-        read = storage.read(geometry_of(tensor))
+        read = self.in_memory(tensor)
+        self.note(tensor, read, storage)
+        return read
+
+    def in_memory(self, tensor: torch.Tensor) -> Var:
+        """What is in the memory of a tensor that has been seen, with the derivative of what has been written there."""
+        read = self.storage_of(tensor).read(geometry_of(tensor))
         if read is None:
             raise CaptureError(
                 f"{self.name}: expected views that JAX can follow, got a tensor of {tensor.dtype} that shares memory "
                 "with one of another dtype that was written to. Write to a copy (`x = x.clone()`), or use "
                 '`backend="torch"`, which runs it as it is.'
             )
-        self.note(tensor, read, storage)
         return read
 
     def note(self, tensor: torch.Tensor, var: Var, storage: Storage) -> None:
         """A tensor has this value until its storage is written to."""
-        self._vars[id(tensor)] = var, tensor.untyped_storage()._cdata, storage.version
+        self._vars[id(tensor)] = var, tensor.untyped_storage()._cdata, storage.version, geometry_of(tensor)
         self._alive.append(tensor)
 
     def _constant(self, tensor: torch.Tensor) -> Var:
@@ -129,6 +143,11 @@ class Recorder(TorchDispatchMode):
                 f"{self.name}: {func}: an operator on functions, which cannot be translated. "
                 'Use `backend="torch"`, which runs it as it is.'
             )
+        if is_traced_by_others():
+            raise CaptureError(
+                f"{self.name}: expected a function that torch runs, got one that traces its operators itself "
+                '(`make_fx`, `torch.func.linearize`). Use `backend="torch"`, which runs it as it is.'
+            )
         if not isinstance(func, OpOverload) or not _computes(func):
             return func(*args, **kwargs)
         if func is aten.native_batch_norm.default:
@@ -157,21 +176,40 @@ class Recorder(TorchDispatchMode):
 
     def record(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         """Write an operator down; returns the fake tensors that it returns."""
-        given, named = (replaced(tree, self.var_of, torch.Tensor) for tree in (args, kwargs))
+        detaches = func.is_view and (self.cuts() or id(args[0]) in self._detached)
+        value_of = self.in_memory if detaches and id(args[0]) in self._vars else self.var_of
+        given, named = (replaced(tree, value_of, torch.Tensor) for tree in (args, kwargs))
         out = _FAKES.get(func, func)(*args, **kwargs)
         several = isinstance(out, (list, tuple))
         results = list(out) if several else [out]
         if func.is_view and rule_for(func) is None:  # by its strides
             for result in results:
                 self.var_of(result)
-            return out
-        outputs = tuple(Var(r.shape, r.dtype) if isinstance(r, torch.Tensor) else None for r in results)
-        equation = Equation(func, tuple(given), named, outputs, several, self.cuts(), self.draw_of(func))
-        self.equations.append(equation if rule_for(func) else bridged(equation))
-        for result, var in zip(results, outputs, strict=True):
-            if var is not None:
-                self.bind(result, var)
+        else:
+            outputs = tuple(Var(r.shape, r.dtype) if isinstance(r, torch.Tensor) else None for r in results)
+            cut = self.cuts() and not detaches
+            equation = Equation(func, tuple(given), named, outputs, several, cut, self.draw_of(func))
+            self.equations.append(equation if rule_for(func) else bridged(equation))
+            for result, var in zip(results, outputs, strict=True):
+                if var is not None:
+                    self.bind(result, var)
+        if detaches:
+            for result in results:
+                self._detach(result)
         return out
+
+    def _detach(self, view: torch.Tensor) -> None:
+        """Cut the derivatives of a view; what is in its memory keeps them."""
+        self._detached.add(id(view))
+        live = self.in_memory(view)
+        cut = Var(live.shape, live.dtype)
+        self.equations.append(Equation(jax.lax.stop_gradient, (live,), {}, (cut,), False))
+        self.note(view, cut, self.storage_of(view))
+
+    def keeps_derivative(self, tensor: torch.Tensor) -> bool:
+        """Whether a write through this tensor leaves the derivatives of its memory as they are."""
+        inexact = tensor.is_floating_point() or tensor.is_complex()
+        return inexact and (self.cuts() or id(tensor) in self._detached)
 
     def draw_of(self, func: OpOverload) -> int | None:
         """The number of a random operator among them."""
@@ -182,14 +220,29 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def hand_written(self) -> Iterator[None]:
-        """Within this context, equations go into a list of their own, and grad mode is off as in any backward pass."""
-        outer, self.equations = self.equations, []
+        """Within this context, equations go into a list of their own, and grad mode is off as in any backward pass.
+
+        What is found out about tensors there is forgotten: it is in variables that nobody else has.
+        """
+        outer = self.equations, self._storages, self._vars
+        self.equations, self._vars = [], dict(self._vars)
+        self._storages = {key: storage.copy(self.equations) for key, storage in self._storages.items()}
         self._depth += 1
         try:
             yield
         finally:
             self._depth -= 1
-            self.equations = outer
+            self.equations, self._storages, self._vars = outer
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether torch itself may take derivatives of what runs now."""
+        return self._active or self._depth > 0
+
+    @property
+    def is_hand_written(self) -> bool:
+        """Whether this is within a hand-written gradient."""
+        return self._depth > 0
 
     def anew(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor like this one that shares nothing with it, made by no operator."""

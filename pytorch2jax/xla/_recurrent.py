@@ -85,14 +85,9 @@ def _as_loop(kind: str, function: Callable[..., Any], *args: Any, **kwargs: Any)
         return function(*args, **kwargs)
     x, state, params, *options = args
     states = state if kind == "lstm" else (state,)
-    if torch.is_autocast_enabled(x.device.type) or 0 in x.shape or _differentiated((x, *states, *params)):
+    if torch.is_autocast_enabled(x.device.type) or 0 in x.shape or is_functorch_active():
         return function(*args, **kwargs)
     return _layers(kind, x, states, params, *options)
-
-
-def _differentiated(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether torch itself takes derivatives or maps, for which the operator has no rule."""
-    return is_functorch_active() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
 LAYERS: dict[Any, Callable[..., Any]] = {

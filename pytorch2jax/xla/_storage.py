@@ -215,6 +215,12 @@ class Storage:
         self._whole: tuple[Geometry, Var] | None = None  # the present value of everything
         self._known: dict[Geometry, Var] = {}  # and of parts
 
+    def copy(self, equations: list[Equation]) -> Storage:
+        """The same in another list of equations; what happens to it there stays there."""
+        other = Storage(self._n_elements, equations)
+        other.version, other._whole, other._known = self.version, self._whole, dict(self._known)
+        return other
+
     def add(self, geometry: Geometry, var: Var) -> None:
         """A tensor in this storage has this value now."""
         self._known.setdefault(geometry, var)

@@ -11,7 +11,7 @@ import torch
 from pytorch2jax._errors import CaptureError
 from pytorch2jax.xla._bridged import bridged
 from pytorch2jax.xla._graph import Equation, Var, replaced
-from pytorch2jax.xla._internals import OpOverload, aten, functional_variant, variant_with_results
+from pytorch2jax.xla._internals import OpOverload, aten, functional_variant, is_known, variant_with_results
 from pytorch2jax.xla._storage import geometry_of, new_value
 
 if TYPE_CHECKING:
@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 
 def in_place(recorder: Recorder, func: OpOverload, args: Any, kwargs: Any) -> Any:
     """Write down an operator that writes to its arguments."""
+    knows_value = any(is_known(tensor) for tensor in _written(func, args, kwargs))
+    out = _in_place(recorder, func, args, kwargs)
+    if knows_value and func not in _MOVES:
+        func(*args, **kwargs)  # on the value that `.item()` reads, or to forget it
+    return out
+
+
+def _in_place(recorder: Recorder, func: OpOverload, args: Any, kwargs: Any) -> Any:
     if func in _MOVES and not _grows(func, args):  # only the view changes, not the values
         with recorder:
             moved = _MOVES[func](*args, **kwargs)
@@ -137,13 +145,17 @@ def _write(recorder: Recorder, tensor: torch.Tensor, value: torch.Tensor) -> Non
             else:  # an `out=` that is made as large as it has to be
                 resized = _resize(recorder, tensor, value.shape)
     var, geometry = recorder.var_of(value), geometry_of(tensor)
-    old = None if resized else recorder.var_of(tensor)
-    if old is not None and recorder.cuts() and (tensor.is_floating_point() or tensor.is_complex()):
-        cut = Var(var.shape, var.dtype)
-        recorder.equations.append(Equation(new_value, (var, old), {}, (cut,), False))
-        var = cut
+    in_memory = var
+    if not resized:
+        recorder.var_of(tensor)  # a constant has not been seen before
+        if recorder.keeps_derivative(tensor):
+            in_memory = Var(var.shape, var.dtype)
+            old = recorder.in_memory(tensor)
+            recorder.equations.append(Equation(new_value, (var, old), {}, (in_memory,), False))
+            if recorder.cuts():
+                var = in_memory
     storage = recorder.storage_of(tensor)
-    if storage.equations is not recorder.equations or not storage.write(geometry, var):
+    if storage.equations is not recorder.equations or not storage.write(geometry, in_memory):
         raise CaptureError(
             f"{recorder.name}: expected writes to tensors whose memory JAX can follow, got one to a part of a storage "
             f"that {tensor.dtype} shares with others, or from within a hand-written gradient. "
