@@ -40,6 +40,7 @@ from pytorch2jax._inference import (
     is_output_leaf,
     run_without_graph,
 )
+from pytorch2jax._internals import is_fake
 from pytorch2jax._nesting import without_jax
 from pytorch2jax._options import Options
 from pytorch2jax._program import Around, Axes, Batching, Program, RootProgram, Style, Tensors
@@ -482,7 +483,7 @@ class BoundFunction(RootProgram):
 
     def _output(self, value: Any, expected: TensorSpec, dtype: torch.dtype) -> torch.Tensor:
         tensor = value if type(value) is torch.Tensor else as_output_tensor(self.name, expected.path, value)
-        if tensor.is_meta:
+        if tensor.is_meta and not is_fake(tensor):  # torch itself takes some fake tensors there
             raise StateError(
                 f"{self.name}: {expected.path}: computed from a parameter or buffer that the forward pass reaches from "
                 "somewhere else than the module's own attributes, where JAX's values cannot get. Reach it through "

@@ -8,9 +8,8 @@ follow (they read values, leave torch, or are TorchScript) are run once for real
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -126,7 +125,7 @@ def infer(
         StateError: a run reads what the run before has computed from its arguments.
         InferenceError: the function could be run neither on fake nor on real tensors.
     """
-    with torch.inference_mode(False), forked_generators(host=True), _quiet_fake_tensors():
+    with torch.inference_mode(False), forked_generators(host=True):
         try:
             inferred, tracker = _infer_fake(name, call, inputs, device, around)
             reason = "tensors that it keeps"
@@ -216,17 +215,6 @@ def _forget_survivors(name: str, tracker: Tracker) -> bool:
             "call on torch tensors before wrapping, or keep it in a dict, where it can be found."
         )
     return True
-
-
-@contextlib.contextmanager
-def _quiet_fake_tensors() -> Iterator[None]:
-    """Torch logs errors of fake tensors; here they are an answer."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 def _check_not_read(

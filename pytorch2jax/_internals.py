@@ -6,13 +6,15 @@ jax 0.10.2 and torch 2.13.0; written for jax 0.11 and torch 2.11 as well.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dis
 import functools
+import logging
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -34,6 +36,7 @@ from jax.experimental.buffer_callback import ExecutionContext, buffer_callback
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from torch._ops import HigherOrderOperator
 from torch.autograd.graph import GradientEdge
 from torch.autograd.graph import get_gradient_edge as gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -42,6 +45,7 @@ __all__ = [
     "DRAWS_FROM_TORCH",
     "ExecutionContext",
     "GradientEdge",
+    "HigherOrderOperator",
     "Primitive",
     "RefusingTrace",
     "ShapedArray",
@@ -71,6 +75,7 @@ __all__ = [
     "is_batched",
     "is_deterministic",
     "is_differentiated",
+    "is_fake",
     "is_functorch_active",
     "is_held_elsewhere",
     "is_python_thread",
@@ -162,11 +167,25 @@ def hold_weakly(cls: type) -> None:
         types.add(cls)
 
 
-def fake_tensor_mode() -> Any:
-    """A context in which torch operations compute shapes and dtypes only."""
+@contextlib.contextmanager
+def fake_tensor_mode() -> Iterator[None]:
+    """A context in which torch operations compute shapes and dtypes only.
+
+    Torch logs errors of fake tensors; here they are an answer. And autocast would keep them, as weights that it has
+    cast already.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode  # 40 ms to import: only when it is needed
 
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    quiet, logger.disabled = logger.disabled, True
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+        logger.disabled = quiet
 
 
 def vary_together(arrays: Sequence[Any]) -> Sequence[Any]:
@@ -359,12 +378,16 @@ def has_only_host() -> bool:
     return set(jax.extend.backend.backends()) <= {"cpu", "interpreter"}
 
 
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has no values."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return module is not None and isinstance(tensor, module.FakeTensor)
+
+
 def has_memory(tensor: torch.Tensor) -> bool:
     """Whether there is data behind a tensor: it is not on the meta device, not fake, not wrapped by `torch.func`."""
-    module = sys.modules.get("torch._subclasses.fake_tensor")
-    is_fake = module is not None and isinstance(tensor, module.FakeTensor)
     wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return not (tensor.is_meta or is_fake or wrapped)
+    return not (tensor.is_meta or is_fake(tensor) or wrapped)
 
 
 def is_python_thread(ident: int | None = None) -> bool:

@@ -82,9 +82,21 @@ class Entry:
     outputs: where in the graph each inexact output is; None for one that does not depend on `inputs`.
     addresses: where each input was in memory; autograd may have saved views of that memory.
     sources: the inputs, if hooks saw what autograd saved: views of inputs are saved by their place in `operands`.
+    given: what the function got for an input, if that was a view of it, as long as somebody holds it.
     """
 
-    __slots__ = ("__weakref__", "addresses", "handle", "inputs", "operands", "outputs", "program", "size", "sources")
+    __slots__ = (
+        "__weakref__",
+        "addresses",
+        "given",
+        "handle",
+        "inputs",
+        "operands",
+        "outputs",
+        "program",
+        "size",
+        "sources",
+    )
 
     def __init__(self, program: Taped) -> None:
         self.program = program
@@ -93,6 +105,7 @@ class Entry:
         self.addresses: list[int] = []
         self.operands: Sequence[torch.Tensor] = ()
         self.sources: Sequence[torch.Tensor] = ()
+        self.given: dict[int, weakref.ref[torch.Tensor]] = {}
         self.size = 0
         self.handle: Any = None
 
@@ -315,6 +328,7 @@ class Taped(Derived):
             given[index] = leaf
         for index in self.large:
             given[index] = given[index].view_as(given[index])
+            entry.given[index] = weakref.ref(given[index])
         entry.inputs = tuple(leaves)
         return given
 
@@ -325,6 +339,7 @@ class Taped(Derived):
         entry.operands = tensors  # the function may differentiate inside
         # It gets views, not the leaves, whose holders could not be counted.
         views = [leaves[i].view_as(leaves[i]) if i in leaves else t.detach() for i, t in enumerate(sources)]
+        entry.given = {i: weakref.ref(views[i]) for i in leaves}
         with torch.autograd.graph.saved_tensors_hooks(saving.pack, saving.unpack):
             results = self.base.run(views, style, RECORDED)
         entry.operands, entry.inputs, entry.sources = (), tuple(leaves.values()), sources
@@ -459,7 +474,9 @@ class FromTape(Derived):
         # The graph's own, unless these are elsewhere by now, or have a hook that is meant for the graph.
         leaves = dict(zip(self.taped.active, entry.inputs, strict=True))
         for index in self.taped.active if entry.sources else self.taped.large:
-            leaves[index] = primals[index].detach().requires_grad_()
+            # A hand-written checkpoint holds what it was given, and differentiates with respect to that.
+            given = entry.given[index]()
+            leaves[index] = primals[index].detach().requires_grad_() if given is None else given
         return leaves
 
     def run(self, tensors: Sequence[torch.Tensor], style: Style, around: Around) -> Tensors:

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from pytorch2jax._destination import Maker
 from pytorch2jax._errors import RandomnessError
-from pytorch2jax._internals import TorchDispatchMode, is_turning_grad_off, torch_pytree
+from pytorch2jax._internals import HigherOrderOperator, TorchDispatchMode, is_turning_grad_off, torch_pytree
 
 
 class Tracker(TorchDispatchMode):
@@ -30,6 +30,8 @@ class Tracker(TorchDispatchMode):
         inputs: the function's tensors, to look out for writes to them.
         sources: those from which derived tensors are followed.
     """
+
+    supports_higher_order_operators = True
 
     def __init__(self, inputs: Sequence[torch.Tensor], sources: Sequence[torch.Tensor] = ()) -> None:
         super().__init__()
@@ -92,6 +94,8 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):  # what its functions do is not seen
+            return func(*args, **kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags and not _draws_nothing(func, args, kwargs):
             self.random = True
             if kwargs.get("generator") is not None:

@@ -17,6 +17,7 @@ from pytorch2jax import (
     LeafTypeError,
     OutputMismatchError,
     convert_pytnn_to_jax,
+    t2j,
     torch2jax,
 )
 
@@ -313,3 +314,13 @@ def test_writes_to_batch_statistics_are_seen():
     norm = nn.BatchNorm1d(3)
     _, _, state = convert_pytnn_to_jax(norm, with_state=True)
     assert set(state) == {"running_mean", "running_var", "num_batches_tracked"}
+
+
+@pytest.mark.parametrize("backend", ["torch", "xla"])
+def test_autocast_around_the_first_call_keeps_no_fake_tensors(backend):
+    linear = torch.nn.Linear(3, 3)
+    x = torch.ones(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = torch2jax(lambda x: linear(x), backend=backend)(t2j(x))
+        theirs = linear(x).detach()
+    np.testing.assert_allclose(np.asarray(ours, np.float32), theirs.float(), atol=1e-2)

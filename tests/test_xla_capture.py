@@ -402,6 +402,19 @@ def test_errors_name_the_line_of_the_model():
         apply(params, jnp.ones(3))
 
 
+def test_distributions_are_told_not_to_look_at_their_arguments():
+    def log_prob(x):
+        return torch.distributions.Normal(x, 1.0).log_prob(x)
+
+    with pytest.raises(CaptureError, match=r"made with `validate_args=False`.* Use `backend=\"torch\"`"):
+        torch2jax(log_prob)(arrays([X])[0])
+
+
+def test_operators_on_functions_are_refused():
+    with pytest.raises(CaptureError, match="cond: an operator on functions"):
+        torch2jax(lambda x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)))(arrays([X])[0])
+
+
 def test_there_are_two_engines():
     with pytest.raises(OptionError, match="backend: expected 'torch' or 'xla', got 'tpu'"):
         pytorch2jax.torch2jax(torch.sin, backend="tpu")

@@ -259,6 +259,14 @@ def test_a_tensor_that_gets_the_memory_of_another():
     assert_same(torch2jax(fn)(arrays([X])[0]), fn(X))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, of fake tensors
+def test_second_derivatives_for_each_example():
+    def laplacian(x):
+        return torch.vmap(torch.func.hessian(lambda q: (q**3).sum()))(x).diagonal(dim1=1, dim2=2).sum(-1)
+
+    assert_same(torch2jax(laplacian)(arrays([X[0]])[0]), laplacian(X[0]))
+
+
 # -- what is refused -------------------------------------------------------------------------------------------
 
 

@@ -45,6 +45,11 @@ def test_one_loop_for_each_layer_and_direction(layer):
     assert loops(apply, params, jnp.ones((5, 2, 3))) == layer.num_layers * (1 + layer.bidirectional)
 
 
+def test_one_loop_where_parameters_are_constants():
+    f = torch2jax(nn.LSTM(3, 4).double(), backend="xla")  # they require gradients
+    assert loops(f, jnp.ones((5, 2, 3))) == 1
+
+
 def test_outputs_and_gradients(layer):
     apply, params = convert_pytnn_to_jax(layer, backend="xla")
     x = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)

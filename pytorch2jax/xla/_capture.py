@@ -90,6 +90,8 @@ def _not_captured(name: str, error: Exception) -> CaptureError:
     own = [f for f in frames if not any(Path(f.filename).is_relative_to(p) for p in (_TORCH, _OURS))]
     where = f" at {own[-1].filename}:{own[-1].lineno} (`{own[-1].line}`)" if own else ""
     reason = str(error).strip().split("\n")[0]
+    if any("distributions" in Path(f.filename).parts for f in frames):
+        reason += " Distributions look at their arguments unless they are made with `validate_args=False`."
     return CaptureError(
         f"{name}: expected a function that can be written down without its values, got {type(error).__name__}{where}: "
         f"{reason} A graph has one course for all values: without `.item()`, `if tensor:`, shapes that depend on "

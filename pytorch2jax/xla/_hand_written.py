@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytorch2jax._errors import CaptureError
+from pytorch2jax._internals import is_fake
 from pytorch2jax.xla._custom import CustomGradient
 from pytorch2jax.xla._graph import Equation, Var
-from pytorch2jax.xla._internals import is_fake
 
 if TYPE_CHECKING:
     from pytorch2jax.xla._recorder import Recorder

@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch._ops import HigherOrderOperator, OpOverload
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._ops import OpOverload
 from torch.autograd.function import _SingleLevelFunction
 
-__all__ = ["HigherOrderOperator", "OpOverload"]
+__all__ = ["OpOverload"]
 
 aten = torch.ops.aten
 
@@ -120,11 +119,6 @@ def variant_with_results(operator: OpOverload) -> OpOverload | None:
 def is_traced_by_others() -> bool:
     """Whether somebody else's mode below ours writes operators down, too: `make_fx`."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
-
-
-def is_fake(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has no values."""
-    return isinstance(tensor, FakeTensor)
 
 
 def is_known(tensor: torch.Tensor) -> bool:

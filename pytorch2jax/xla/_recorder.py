@@ -15,13 +15,12 @@ import jax
 import torch
 
 from pytorch2jax._errors import CaptureError
-from pytorch2jax._internals import TorchDispatchMode
+from pytorch2jax._internals import HigherOrderOperator, TorchDispatchMode
 from pytorch2jax.xla import _writes as writes
 from pytorch2jax.xla._bridged import bridged
 from pytorch2jax.xla._decompositions import OPERATORS, bmm_with_one
 from pytorch2jax.xla._graph import Equation, Var, replaced
 from pytorch2jax.xla._internals import (
-    HigherOrderOperator,
     OpOverload,
     aten,
     decomposition,
@@ -38,6 +37,8 @@ class Recorder(TorchDispatchMode):
         name: the function's name, for messages.
         active: whether the function takes derivatives itself, or wants to know whether there will be any.
     """
+
+    supports_higher_order_operators = True
 
     def __init__(self, name: str, *, active: bool = False) -> None:
         super().__init__()
