@@ -204,3 +204,120 @@ def test_convolutions_with_kernels_larger_than_the_image(size, how):
     expected = torch.autograd.grad(fn(*tensors), tensors)
     for ours, theirs in zip(jax.grad(f, (0, 1, 2))(*arrays), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def gradients(fn, inputs):
+    """Torch's, and those in JAX: by themselves, and of a batch of one example."""
+    tensors = [t.clone().requires_grad_() for t in inputs]
+    expected = torch.autograd.grad(fn(*tensors).sum(), tensors)
+    f = pytorch2jax.torch2jax(lambda *x: fn(*x).sum(), backend="xla")
+    arrays = [pytorch2jax.t2j(t, copy=True) for t in inputs]
+    places = tuple(range(len(arrays)))
+    batched = jax.vmap(jax.grad(f, places))(*(a[None] for a in arrays))
+    return leaves(expected), leaves(jax.grad(f, places)(*arrays)), leaves([a[0] for a in batched])
+
+
+def tensor(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("fn", "inputs"),
+    [
+        (F.hardswish, [tensor(-3, 3, NAN, 1, -4, 5)]),
+        (F.relu6, [tensor(0, 6, NAN)]),  # torch's vectorised kernels have another derivative for NaN than its others
+        (F.hardtanh, [tensor(-1, 1, NAN)]),
+        (F.hardsigmoid, [tensor(-3, 3, NAN)]),
+        (F.elu, [tensor(0, NAN, -1)]),
+        (F.selu, [tensor(0, NAN, -1)]),
+        (F.softshrink, [tensor(0.5, -0.5, NAN)]),
+        (F.relu, [tensor(0, NAN)]),
+        (torch.abs, [tensor(0, -0.0, NAN)]),
+        (torch.angle, [tensor(0, -1, NAN)]),
+        (lambda x, y: torch.complex(x, y).angle(), [tensor(0, 0, 1), tensor(0, 1, 1)]),
+        (torch.median, [tensor(1, 2, 2, 3)]),
+        (torch.median, [tensor(1, NAN, NAN)]),
+        (torch.nanmedian, [tensor(NAN, 2, 2, 3)]),
+        (lambda x: x.median(0).values, [tensor(1, 2, 3)]),
+        (torch.max, [tensor(1, 3, 3)]),
+        (torch.min, [tensor(1, NAN, NAN)]),
+        (torch.maximum, [tensor(1, 1, 2, NAN, 1), tensor(1, 2, 1, 1, NAN)]),
+        (torch.minimum, [tensor(1, 1, 2, NAN, 1), tensor(1, 2, 1, 1, NAN)]),
+        (torch.hypot, [tensor(3, 1, INF, 0), tensor(4, INF, 1, 0)]),
+        (F.binary_cross_entropy, [tensor(0, 1, 0.5), tensor(0, 1, 0.2)]),
+        (lambda x: F.binary_cross_entropy(x.sigmoid(), tensor(1, 1, 0, 0)), [tensor(50, -90, 50, -90)]),
+    ],
+)
+def test_derivatives_at_single_points(fn, inputs):
+    expected, *ours = gradients(fn, inputs)
+    for actual in ours:
+        for a, e in zip(actual, expected, strict=True):
+            np.testing.assert_allclose(a, e, rtol=1e-7, equal_nan=True)
+
+
+def test_tangents_of_constants_do_not_matter_where_derivatives_are_infinite():
+    def slope(fn):
+        x, tangent = jnp.array([1.0, 0.0]), jnp.array([1.0, 1.0])
+        return jax.jvp(pytorch2jax.torch2jax(fn, backend="xla"), (x,), (tangent,))[1]
+
+    np.testing.assert_array_equal(slope(lambda x: torch.hypot(x, torch.tensor([INF, 1.0]))), [0.0, 0.0])
+    loss = slope(lambda x: F.binary_cross_entropy(x, torch.tensor([1.0, 0.0]), reduction="none"))
+    np.testing.assert_array_equal(loss, [0.0, 0.0])
+
+
+RESIDUALS = tensor(-2, -1, -0.5, 0, 0.25, 0.5, 1, INF)
+PROBABILITIES = tensor(0, 1, 0.3, 0.5, 0.7, 1, 0, 1)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize(
+    ("loss", "x"),
+    [
+        (F.huber_loss, RESIDUALS),
+        (lambda *a, **k: F.huber_loss(*a, delta=0.5, **k), RESIDUALS),
+        (F.smooth_l1_loss, RESIDUALS),
+        (lambda *a, **k: F.smooth_l1_loss(*a, beta=0.5, **k), RESIDUALS),
+        (F.binary_cross_entropy, PROBABILITIES),
+        (lambda *a, **k: F.binary_cross_entropy(*a, weight=torch.arange(8.0, dtype=torch.float64), **k), PROBABILITIES),
+    ],
+)
+def test_losses_have_torchs_second_derivatives(loss, x, reduction):
+    target = torch.where(x == x.round(), x.clamp(0, 1), 0.5) if x is PROBABILITIES else torch.zeros_like(x)
+
+    def fn(x):
+        return loss(x, target, reduction=reduction).sum()
+
+    f, array = pytorch2jax.torch2jax(fn, backend="xla"), pytorch2jax.t2j(x, copy=True)
+    leaf = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(fn(leaf), leaf, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), leaf)
+    np.testing.assert_allclose(f(array), fn(x), rtol=1e-12)
+    np.testing.assert_allclose(jax.grad(f)(array), slope.detach(), rtol=1e-12)
+    for hessian in (jax.hessian(f)(array), jax.jacrev(jax.jacrev(f))(array)):
+        np.testing.assert_allclose(hessian.sum(0), curvature, rtol=1e-12)
+
+
+@pytest.mark.parametrize("loss", [F.huber_loss, F.smooth_l1_loss, F.binary_cross_entropy])
+def test_losses_in_half_precision_are_computed_in_single(loss):
+    x = torch.tensor([0.1, 0.2, 0.9]).bfloat16()
+    check(lambda x: loss(x, torch.tensor([1.0, 0.0, 1.0]).bfloat16()), x, rtol=1e-2)
+
+
+def test_smooth_l1_without_a_parabola():
+    expected, *ours = gradients(lambda x: F.smooth_l1_loss(x, torch.zeros_like(x), beta=0.0), [tensor(0, NAN, -1, 2)])
+    for actual in ours:
+        np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("how", [{"max_norm": 0.5}, {"max_norm": 0.5, "norm_type": 1.0}])
+def test_renormalised_embeddings(how):
+    """The rows that are used are made shorter, which autograd does not see."""
+    weight, index = torch.tensor([[3.0, 4.0], [0.1, 0.2], [5.0, 6.0]], dtype=torch.float64), torch.tensor([0, 1, 0])
+
+    def fn(weight):
+        return F.embedding(index, weight.clone(), **how).square()
+
+    expected, *ours = gradients(fn, [weight])
+    for actual in ours:
+        np.testing.assert_allclose(actual, expected, rtol=1e-7)
+    check(fn, weight, rtol=1e-6)
