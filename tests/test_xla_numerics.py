@@ -321,3 +321,31 @@ def test_renormalised_embeddings(how):
     for actual in ours:
         np.testing.assert_allclose(actual, expected, rtol=1e-7)
     check(fn, weight, rtol=1e-6)
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch does not have it")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("left", "right", "ends"),
+    [
+        ((6, 8), (3, 8, 16), [2, 2, 6]),
+        ((2, 4, 8), (8, 16), [3, 16]),
+        ((8, 16), (16, 8), [3, 3, 16]),
+        ((2, 4, 8), (2, 8, 16), None),
+    ],
+)
+def test_grouped_products(left, right, ends, dtype):
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(shape, generator=generator).to(dtype) for shape in (left, right)]
+    offsets = None if ends is None else torch.tensor(ends, dtype=torch.int32)
+
+    def fn(x, y):
+        return F.grouped_mm(x, y, offs=offsets).sin()
+
+    assert (
+        pytorch2jax.torch2jax(fn, backend="xla")(*map(pytorch2jax.t2j, inputs)).dtype
+        == pytorch2jax.t2j(inputs[0]).dtype
+    )
+    for actual, expected in zip(*gradients(fn, inputs)[:2], strict=True):
+        atol = 1e-5 if dtype == torch.float32 else 0.1
+        np.testing.assert_allclose(actual.astype(np.float32), expected.astype(np.float32), rtol=1e-4, atol=atol)
