@@ -349,3 +349,43 @@ def test_grouped_products(left, right, ends, dtype):
     for actual, expected in zip(*gradients(fn, inputs)[:2], strict=True):
         atol = 1e-5 if dtype == torch.float32 else 0.1
         np.testing.assert_allclose(actual.astype(np.float32), expected.astype(np.float32), rtol=1e-4, atol=atol)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3,), (3, 1)])
+@pytest.mark.parametrize("how", [{}, {"full": True, "reduction": "sum", "eps": 0.5}, {"reduction": "none"}])
+def test_gaussian_likelihoods(shape, how):
+    x, target = torch.linspace(-1, 2, 12, dtype=torch.float64).reshape(3, 4), torch.ones(3, 4, dtype=torch.float64)
+    variance = torch.linspace(0, 1, int(np.prod(shape)), dtype=torch.float64).reshape(shape)
+
+    def fn(x, variance):
+        return F.gaussian_nll_loss(x, target, variance, **how)
+
+    check(fn, x, variance, rtol=1e-12)
+    expected, *ours = gradients(fn, [x, variance])
+    for actual in ours:
+        for a, e in zip(actual, expected, strict=True):
+            np.testing.assert_allclose(a, e, rtol=1e-12)
+
+
+def test_gaussian_likelihoods_with_one_variance_for_all():
+    check(lambda x: F.gaussian_nll_loss(x, torch.zeros_like(x), 0.5), torch.arange(3.0), rtol=1e-6)
+
+
+def test_hard_samples_have_the_derivative_of_soft_ones():
+    def fn(x):
+        return (F.gumbel_softmax(x, hard=True) * torch.tensor([1.0, 2.0, 4.0])).sum()
+
+    f = pytorch2jax.torch2jax(fn, backend="xla")
+    x, key = jnp.array([1.0, 1.5, 0.5]), jax.random.key(0)
+    assert min(abs(float(f(x, rng=key)) - value) for value in (1, 2, 4)) < 1e-6
+    assert np.abs(jax.grad(lambda x: f(x, rng=key))(x)).max() > 0
+
+
+def test_batch_norm_with_the_average_over_all_batches():
+    model = torch.nn.BatchNorm1d(3, momentum=None, dtype=torch.float64)
+    apply, params, state = pytorch2jax.convert_pytnn_to_jax(model, with_state=True, backend="xla")
+    for batch in torch.arange(24.0, dtype=torch.float64).reshape(2, 4, 3).sin():
+        out, state = apply(params, state, pytorch2jax.t2j(batch, copy=True), train=True)
+        np.testing.assert_allclose(out, model(batch).detach(), rtol=1e-10)
+    for name, buffer in model.named_buffers():
+        np.testing.assert_allclose(state[name], buffer, rtol=1e-12)
