@@ -185,6 +185,49 @@ def test_without_64_bits(x32):
     np.testing.assert_array_equal(picked, [2.0, 0.0])
 
 
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda i: (i * 2654435761) % 1000,
+        lambda i: i + 2**31,
+        lambda i: i.add(i, alpha=-(2**40)),
+        lambda i: i & 0xFFFFFFFF,
+        lambda i: i > 2**40,
+        lambda i: i.masked_fill(i > 7, 2**62),
+        lambda i: i.clamp(max=2**40),
+        lambda i: torch.where(i > 7, i, 2**62),
+        lambda i: torch.full((2,), 2**40) - i,
+        lambda i: i + torch.arange(2**33, 2**33 + 2),
+        lambda i: i + torch.randint(0, 2**40, (2,)),
+    ],
+)
+def test_numbers_that_do_not_fit_into_32_bits(x32, fn):
+    with pytest.raises(
+        pytorch2jax.NarrowingError, match=r'aten\..* 32 bits.*=-?\d+\. .*jax_enable_x64.*backend="torch"'
+    ):
+        pytorch2jax.torch2jax(fn, backend="xla")(jnp.array([7, 8]))
+
+
+LEAST, MOST = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
+
+
+@pytest.mark.parametrize(
+    ("fn", "expected"),
+    [
+        (lambda i: torch.full((2,), LEAST) + 0 * i, [-(2**31)] * 2),
+        (lambda i: i.masked_fill(i > 7, MOST), [7, 2**31 - 1]),
+        (lambda i: i.clamp(max=MOST), [7, 8]),
+        (lambda i: i[: 2**62], [7, 8]),
+        (lambda i: i < MOST, [True, True]),
+        (lambda i: i.double() * 2.0**40, [7 * 2**40, 8 * 2**40]),
+        (lambda i: i.double() > 2**40, [False, False]),
+        (lambda i: i * (2**31 - 1) // (2**31 - 1) * 0, [0, 0]),
+    ],
+)
+def test_numbers_that_stand_for_infinity_or_are_no_integers_of_64_bits(x32, fn, expected):
+    np.testing.assert_array_equal(pytorch2jax.torch2jax(fn, backend="xla")(jnp.array([7, 8])), expected)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (2, 1), (2, 2)])
 @pytest.mark.parametrize(
     "how", [{"padding": 1}, {"padding": (2, 3), "stride": (2, 1)}, {"padding": 4, "dilation": (1, 3)}]
