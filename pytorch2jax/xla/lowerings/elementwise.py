@@ -514,7 +514,7 @@ def polar(size: jax.Array, angle: jax.Array) -> jax.Array:
 
 @lowers("aten._to_copy.default")
 def to_copy(x: jax.Array, *, dtype: Any = None, out: Out) -> jax.Array:
-    return cast(x, out.dtype)
+    return cast(jnp.asarray(x), out.dtype)  # some decompositions pass numbers
 
 
 def cast(x: jax.Array, dtype: np.dtype[Any]) -> jax.Array:

@@ -55,7 +55,7 @@ def binary_cross_entropy(
 
 
 _TINY = 1e-12
-"""What torch adds to probabilities in derivatives, or puts in their place."""
+"""What stands for a probability of 0 in derivatives."""
 
 
 @jax.custom_jvp
@@ -81,7 +81,8 @@ def _slope(x: jax.Array, target: jax.Array) -> jax.Array:
 @functools.partial(_slope.defjvp, symbolic_zeros=True)
 def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     x, target = primals
-    by_x = (x * x - 2 * x * target + target) / ((x + _TINY) * (1 - x + _TINY)) ** 2
+    # XLA makes `(1 + tiny) - x` of `1 - x + tiny`, which is 0 for 1.
+    by_x = (x * x - 2 * x * target + target) / (jnp.maximum(x, _TINY) * jnp.maximum(1 - x, _TINY)) ** 2
     by_target = -1 / jnp.maximum((1 - x) * x, _TINY)
     return _slope(x, target), times(tangents[0], by_x) + times(tangents[1], by_target)
 
