@@ -106,9 +106,6 @@ _XLA: tuple[Known, ...] = (
         "The output is a Python number made of values, which a graph does not have.",
         ("allclose", "equal", "item"),
     ),
-    Known(
-        "refused", "It looks at values, and raises an error for negative ones.", ("nn.functional.gaussian_nll_loss",)
-    ),
     Known("refused", "The output is sparse.", ("to_sparse",)),
     Known("refused", "The output is complex32, which JAX does not have.", ("chalf",)),
     Known(
@@ -180,8 +177,8 @@ _XLA: tuple[Known, ...] = (
     ),
     Known(
         "failed",
-        "Torch runs it, and refuses gradients that depend on the phase of eigenvectors; these are taken "
-        "to second order of it alone, without what makes its result independent of the phase.",
+        "Torch runs it, and refuses gradients that depend on the phase of eigenvectors; to second order these are "
+        "taken of it alone, without what makes its result independent of the phase.",
         ("linalg.eig",),
         _SECOND,
     ),

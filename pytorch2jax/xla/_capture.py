@@ -14,11 +14,11 @@ from torch.overrides import TorchFunctionMode
 from pytorch2jax._errors import CaptureError, Pytorch2JaxError
 from pytorch2jax._internals import fake_tensor_mode
 from pytorch2jax._torch_state import differentiable_kernels, forked_generators
-from pytorch2jax.xla._decompositions import DETACHING, FUNCTIONS
+from pytorch2jax.xla._decompositions import DETACHING, FUNCTIONS, batch_norm_with_cumulative_average
 from pytorch2jax.xla._graph import Graph, pruned
 from pytorch2jax.xla._hand_written import record_function
 from pytorch2jax.xla._hooks import HOOKS, refused, refusing_module_hooks
-from pytorch2jax.xla._internals import custom_functions
+from pytorch2jax.xla._internals import cumulative_batch_norms, custom_functions
 from pytorch2jax.xla._recorder import Recorder
 from pytorch2jax.xla._recurrent import LAYERS
 
@@ -49,6 +49,7 @@ def capture(
             try:
                 with (
                     custom_functions(functools.partial(record_function, recorder)),
+                    cumulative_batch_norms(batch_norm_with_cumulative_average),
                     refusing_module_hooks(name),
                     _Instead(recorder),
                     recorder,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from pytorch2jax.xla._internals import aten, istft_without_a_check
 
@@ -126,6 +128,61 @@ def _as_strided_scatter(x: torch.Tensor, source: torch.Tensor, size: Any, stride
     return out
 
 
+def _gaussian_nll_loss(
+    input: torch.Tensor,
+    target: torch.Tensor,
+    var: Any,
+    full: bool = False,
+    eps: float = 1e-6,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """`gaussian_nll_loss`, which does not look whether there are negative variances."""
+    if not isinstance(var, torch.Tensor):
+        return F.gaussian_nll_loss(input, target, var, full=full, eps=eps, reduction=reduction)
+    if var.shape == input.shape[:-1]:
+        var = var.unsqueeze(-1)
+    elif var.shape != input.shape:
+        others = [m for n, m in zip(input.shape, var.shape, strict=False) if n != m]
+        if input.dim() != var.dim() or others != [1]:
+            raise ValueError("var is of incorrect size")
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"{reduction} is not valid")
+    var = var.clone()
+    with torch.no_grad():
+        var.clamp_(min=eps)
+    loss = 0.5 * (var.log() + (input - target) ** 2 / var)
+    if full:
+        loss = loss + 0.5 * math.log(2 * math.pi)
+    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+
+
+def _gumbel_softmax(
+    logits: torch.Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1
+) -> torch.Tensor:
+    """`gumbel_softmax`; where torch detaches within a function of its own, nobody asks for it by name."""
+    soft = F.gumbel_softmax(logits, tau, dim=dim)
+    if not hard:
+        return soft
+    with torch.no_grad():
+        largest = torch.zeros_like(logits).scatter(dim, soft.argmax(dim, keepdim=True), 1.0)
+        difference = largest - soft
+    return difference + soft
+
+
+def batch_norm_with_cumulative_average(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """The forward pass of a batch norm with `momentum=None` in training: torch reads how many batches there were."""
+    module._check_input_dim(x)
+    module.num_batches_tracked.add_(1)
+    statistics = module.running_mean, module.running_var
+    mean, var = (torch.zeros_like(kept) for kept in statistics)
+    y = F.batch_norm(x, mean, var, module.weight, module.bias, True, 1.0, module.eps)
+    with torch.no_grad():
+        for kept, new in zip(statistics, (mean, var), strict=True):
+            share = module.num_batches_tracked.to(kept.dtype).reciprocal()
+            kept.copy_(share * new + (1 - share) * kept)
+    return y
+
+
 def bmm_with_one(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Products of a batch with one matrix, which torch expands to a batch where `x` is not contiguous.
 
@@ -163,6 +220,8 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.narrow: _narrow,
     **{f: functools.partial(_with_lengths, f) for f in (torch.ctc_loss, torch.nn.functional.ctc_loss)},
     torch.linalg.matrix_rank: _matrix_rank,
+    F.gaussian_nll_loss: _gaussian_nll_loss,
+    F.gumbel_softmax: _gumbel_softmax,
 }
 """Functions that torch composes of operators in a way that cannot be followed."""
 if hasattr(torch.nn.functional, "linear_cross_entropy"):  # torch 2.13

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 from torch.autograd.function import _SingleLevelFunction
+from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = ["OpOverload"]
 
@@ -148,3 +149,25 @@ def custom_functions(call: Callable[..., Any]) -> Iterator[None]:
             yield
         finally:
             del _SingleLevelFunction.apply  # type: ignore[attr-defined]
+
+
+_PATCH_OF_BATCH_NORM = threading.Lock()
+
+
+@contextlib.contextmanager
+def cumulative_batch_norms(forward: Callable[..., Any]) -> Iterator[None]:
+    """In this thread, `forward(module, x)` is called for batch norms in training that average over all batches."""
+    thread = threading.get_ident()
+
+    def replacement(module: Any, input: torch.Tensor) -> torch.Tensor:
+        counts = module.training and module.track_running_stats and module.num_batches_tracked is not None
+        ours = counts and module.momentum is None and threading.get_ident() == thread
+        return forward(module, input) if ours else real(module, input)
+
+    with _PATCH_OF_BATCH_NORM:
+        real = _BatchNorm.forward
+        _BatchNorm.forward = replacement  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            _BatchNorm.forward = real  # type: ignore[method-assign]

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import torch
 
 from pytorch2jax._dtypes import canonical_dtype_t2j, narrowed
-from pytorch2jax._errors import CaptureError
+from pytorch2jax._errors import CaptureError, NarrowingError
 from pytorch2jax._transfer import t2j
-from pytorch2jax.xla._graph import Equation, Graph, Var, replaced
+from pytorch2jax.xla._graph import Equation, Graph, Var, replaced, variables
+from pytorch2jax.xla._internals import OpOverload
 from pytorch2jax.xla._registry import Out, Rule, rule_for
 
 _ABOUT_MEMORY = frozenset({"device", "layout", "pin_memory", "memory_format", "non_blocking", "generator"})
@@ -44,8 +45,15 @@ def constant(tensor: torch.Tensor) -> Any:
 
 
 def run(equations: Sequence[Equation], env: dict[Var, Any], key: Any) -> None:
-    """Evaluate equations in their order; their results are added to `env`."""
+    """Evaluate equations in their order; their results are added to `env`.
+
+    Raises:
+        NarrowingError: an integer does not fit into what JAX has for it.
+    """
+    narrow = narrowed(torch.int64) is torch.int32
     for equation in equations:
+        if narrow:
+            _check_numbers(equation)
         args = replaced(equation.args, env.__getitem__, Var)
         kwargs = {n: replaced(v, env.__getitem__, Var) for n, v in equation.kwargs.items() if n not in _ABOUT_MEMORY}
         rule = rule_for(equation.operator) or Rule(equation.operator, False, hasattr(equation.operator, "takes_key"))
@@ -60,6 +68,33 @@ def run(equations: Sequence[Equation], env: dict[Var, Any], key: Any) -> None:
         for var, out, result in zip(equation.outputs, outs, results, strict=True):
             if var is not None and out is not None:
                 env[var] = _checked(equation, out, result)
+
+
+_ENDS = (torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max)
+
+
+def _check_numbers(equation: Equation) -> None:
+    """Raise if int64 tensors, which are int32, meet a number that is not; the ends of the range stand for infinity."""
+    operator = equation.operator
+    if not isinstance(operator, OpOverload) or rule_for(operator) is None:
+        return
+    dtypes = {var.dtype for var in equation.outputs if var is not None}
+    if dtypes == {torch.bool}:  # a comparison
+        dtypes |= {var.dtype for var in variables(equation.args)}
+    if torch.int64 not in dtypes:
+        return
+    parameters = operator._schema.arguments
+    given = [*zip(parameters, equation.args, strict=False), *((p, equation.kwargs.get(p.name)) for p in parameters)]
+    draws = equation.draw is not None  # its bounds have the type that sizes have
+    for parameter, value in given:
+        if type(value) is not int or -(2**31) <= value < 2**31 or (value in _ENDS and not draws):
+            continue
+        if draws or any(kind in str(parameter.type) for kind in ("number", "Tensor")):
+            raise NarrowingError(
+                f"{equation.name}: expected integers that fit into 32 bits, because jax_enable_x64 is off and tensors "
+                f"of int64 are int32, got {parameter.name}={value}. Call `jax.config.update('jax_enable_x64', True)`, "
+                'or use `backend="torch"`, which computes with 64 bits.'
+            )
 
 
 def _out(var: Var | None) -> Out | None:

@@ -276,8 +276,20 @@ def _ctc_loss(log_probs: torch.Tensor, *how: Any) -> tuple[torch.Tensor, torch.T
     return log_probs.new_empty(log_probs.shape[1:-1]), log_probs.new_empty(0)
 
 
-_FAKES: dict[Any, Callable[..., Any]] = {aten._ctc_loss.default: _ctc_loss, aten._ctc_loss.Tensor: _ctc_loss}
-"""Operators whose outputs torch cannot tell shapes of without values, where it matters for no result."""
+def _grouped_mm(
+    x: torch.Tensor, y: torch.Tensor, offs: torch.Tensor | None = None, bias: Any = None, out_dtype: Any = None
+) -> torch.Tensor:
+    torch._check(bias is None, lambda: "grouped_mm: torch does not support a bias.")
+    groups = () if x.dim() != y.dim() else ((x if offs is None else offs).shape[0],)
+    return x.new_empty((*groups, x.shape[-2], y.shape[-1]), dtype=out_dtype)
+
+
+_FAKES: dict[Any, Callable[..., Any]] = {
+    aten._ctc_loss.default: _ctc_loss,
+    aten._ctc_loss.Tensor: _ctc_loss,
+    aten._grouped_mm.default: _grouped_mm,
+}
+"""Operators whose outputs torch cannot tell shapes of without values, or only for the dtypes of some devices."""
 
 
 def _is_tensor(kind: Any) -> bool:

@@ -11,10 +11,16 @@ import jax.numpy as jnp
 import jax.scipy.special as jsp
 import numpy as np
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+
+def times(tangent: Any, factor: jax.Array) -> jax.Array:
+    """What a tangent adds to the result: nothing if there is none, even where the derivative is not finite."""
+    return jnp.zeros_like(factor) if isinstance(tangent, SymbolicZero) else tangent * factor
 
 
 def absolute(x: jax.Array) -> jax.Array:
-    """The absolute value. Its derivative at 0 is 0."""
+    """The absolute value. Its derivative is 0 at 0 and for NaN."""
     return _absolute(x) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.abs(x)
 
 
@@ -26,7 +32,80 @@ def _absolute(x: jax.Array) -> jax.Array:
 @_absolute.defjvp
 def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     (x,), (tangent,) = primals, tangents
-    return _absolute(x), tangent * jnp.sign(x)
+    return _absolute(x), tangent * sign(x)
+
+
+def sign(x: jax.Array) -> jax.Array:
+    """The sign of real numbers: 0 for NaN and for -0.0, as in torch."""
+    return (x > 0).astype(x.dtype) - (x < 0).astype(x.dtype)
+
+
+@jax.custom_jvp
+def maximum(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The larger one. Equal ones share the derivative; if one is NaN, both have all of it."""
+    return jnp.maximum(x, y)
+
+
+@maximum.defjvp
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (x, y), (dx, dy) = primals, tangents
+    return maximum(x, y), _share(y < x, x, y, dx) + _share(x < y, x, y, dy)
+
+
+def _share(wins: jax.Array, x: jax.Array, y: jax.Array, tangent: jax.Array) -> jax.Array:
+    return tangent * jnp.where(x == y, 0.5, (wins | (x != x) | (y != y)).astype(x.dtype))
+
+
+@jax.custom_jvp
+def minimum(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The smaller one, with the same derivatives."""
+    return jnp.minimum(x, y)
+
+
+@minimum.defjvp
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (x, y), (dx, dy) = primals, tangents
+    return minimum(x, y), _share(x < y, x, y, dx) + _share(y < x, x, y, dy)
+
+
+@jax.custom_jvp
+def hypot(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The length of a vector, with derivatives where it is infinite."""
+    return jnp.hypot(x, y)
+
+
+@functools.partial(hypot.defjvp, symbolic_zeros=True)
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (x, y), (dx, dy) = primals, tangents
+    z = hypot(x, y)
+    return z, times(dx, x / z) + times(dy, y / z)
+
+
+@jax.custom_jvp
+def atan2(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The angle of a vector. Its derivative at the origin is 0."""
+    return lax.atan2(x, y)
+
+
+@atan2.defjvp
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (x, y), (dx, dy) = primals, tangents
+    square = x * x + y * y
+    inverse = jnp.where(square == 0, 0, 1 / jnp.where(square == 0, 1, square))
+    return atan2(x, y), (y * dx - x * dy) * inverse
+
+
+@jax.custom_jvp
+def shared(value: jax.Array, x: jax.Array) -> jax.Array:
+    """An element of `x`. All that are equal to it, or are NaN as it is, share the derivative."""
+    return value
+
+
+@shared.defjvp
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (value, x), (_, tangent) = primals, tangents
+    same = jnp.where(jnp.isnan(value), jnp.isnan(x), x == value)
+    return shared(value, x), jnp.sum(jnp.where(same, tangent, 0)) / jnp.sum(same).astype(x.dtype)
 
 
 @jax.custom_jvp

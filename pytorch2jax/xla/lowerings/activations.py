@@ -28,7 +28,7 @@ def hardtanh(x: jax.Array, min_val: Any = -1, max_val: Any = 1) -> jax.Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _between(x: jax.Array, low: Any, high: Any) -> jax.Array:
-    """`x` cut off at both ends, with torch's derivative there: none."""
+    """`x` cut off at both ends, with torch's derivative there: none. That for NaN is 1."""
     low, high = as_array(low, x.dtype), as_array(high, x.dtype)
     return jnp.where(x < low, low, jnp.where(x > high, high, x))  # minus zero stays
 
@@ -36,7 +36,7 @@ def _between(x: jax.Array, low: Any, high: Any) -> jax.Array:
 @_between.defjvp
 def _(low: Any, high: Any, primals: Any, tangents: Any) -> tuple[Any, Any]:
     (x,), (tangent,) = primals, tangents
-    return _between(x, low, high), jnp.where((x > low) & (x < high), tangent, 0)
+    return _between(x, low, high), jnp.where((x <= low) | (x >= high), 0, tangent)
 
 
 @lowers("aten.leaky_relu.default")
@@ -52,8 +52,9 @@ def prelu(x: jax.Array, weight: jax.Array) -> jax.Array:
 @lowers("aten.elu.default")
 def elu(x: jax.Array, alpha: Any = 1, scale: Any = 1, input_scale: Any = 1) -> jax.Array:
     x = precise(x)
-    safe = jnp.where(x > 0, 0, x)
-    return jnp.where(x > 0, x * scale, scale * alpha * jnp.expm1(safe * input_scale))
+    curved = x <= 0
+    safe = jnp.where(curved, x, 0)
+    return jnp.where(curved, scale * alpha * jnp.expm1(safe * input_scale), x * scale)
 
 
 @lowers("aten.celu.default")
@@ -84,15 +85,16 @@ def log_sigmoid(x: jax.Array, *, out: Sequence[Out]) -> tuple[jax.Array, jax.Arr
 
 @lowers("aten.hardsigmoid.default")
 def hardsigmoid(x: jax.Array) -> jax.Array:
+    x = jnp.where(jnp.isnan(x), lax.stop_gradient(x), x)  # where torch has no derivative
     return _between(x + 3, 0, 6) / 6
 
 
 @lowers("aten.hardswish.default")
 def hardswish(x: jax.Array) -> jax.Array:
     nothing = lax.stop_gradient(x * 0)  # minus zero, and NaN for minus infinity
-    curved = (x >= -3) & (x <= 3)
+    curved = (x > -3) & (x < 3)
     between = jnp.where(curved, x, 0)
-    return jnp.where(curved, between * (between + 3) / 6, jnp.where(x < -3, nothing, x)).astype(x.dtype)
+    return jnp.where(curved, between * (between + 3) / 6, jnp.where(x <= -3, nothing, x)).astype(x.dtype)
 
 
 @lowers("aten.mish.default")
@@ -114,7 +116,7 @@ def hardshrink(x: jax.Array, lambd: Any = 0.5) -> jax.Array:
 
 @lowers("aten.softshrink.default")
 def softshrink(x: jax.Array, lambd: Any = 0.5) -> jax.Array:
-    return jnp.where(x > lambd, x - lambd, jnp.where(x < -lambd, x + lambd, x * 0))
+    return jnp.where((x >= -lambd) & (x <= lambd), x * 0, jnp.where(x > lambd, x - lambd, x + lambd))
 
 
 @lowers("aten.silu.default")

@@ -47,15 +47,18 @@ def _sgn(x: jax.Array) -> jax.Array:
 def _sign(x: jax.Array) -> jax.Array:
     if category(x.dtype) == 0:
         return x
-    # Torch has 0 for NaN, and for -0.0.
-    return (x > 0).astype(x.dtype) - (x < 0).astype(x.dtype)
+    return special.sign(x)
+
+
+def _angle(x: jax.Array) -> jax.Array:
+    return special.atan2(x.imag, x.real) if category(x.dtype) == 3 else jnp.angle(lax.stop_gradient(x))
 
 
 _UNARY: dict[str, Callable[[jax.Array], jax.Array]] = {
     "abs": special.absolute,
     "acos": jnp.arccos,
     "acosh": jnp.arccosh,
-    "angle": jnp.angle,
+    "angle": _angle,
     "asin": jnp.arcsin,
     "asinh": jnp.arcsinh,
     "atan": jnp.arctan,
@@ -341,28 +344,18 @@ def _power_of_whole(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.where(y < 0, inverse, jnp.power(x, jnp.maximum(y, 0))).astype(x.dtype)
 
 
+def _of_two(function: Callable[[Any, Any], jax.Array], x: jax.Array, y: jax.Array, out: Out) -> jax.Array:
+    return function(*jnp.broadcast_arrays(x.astype(out.dtype), y.astype(out.dtype)))
+
+
 @lowers("aten.atan2.default")
 def atan2(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
-    return _atan2(*jnp.broadcast_arrays(x.astype(out.dtype), y.astype(out.dtype)))
-
-
-@jax.custom_jvp
-def _atan2(x: jax.Array, y: jax.Array) -> jax.Array:
-    """With torch's derivative at the origin: 0."""
-    return lax.atan2(x, y)
-
-
-@_atan2.defjvp
-def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    (x, y), (dx, dy) = primals, tangents
-    square = x * x + y * y
-    inverse = jnp.where(square == 0, 0, 1 / jnp.where(square == 0, 1, square))
-    return _atan2(x, y), (y * dx - x * dy) * inverse
+    return _of_two(special.atan2, x, y, out)
 
 
 @lowers("aten.hypot.default")
 def hypot(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
-    return jnp.hypot(x.astype(out.dtype), y.astype(out.dtype))
+    return _of_two(special.hypot, x, y, out)
 
 
 @lowers("aten.copysign.Tensor", "aten.copysign.Scalar")
@@ -383,12 +376,12 @@ def frexp(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 @lowers("aten.maximum.default")
 def maximum(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
-    return jnp.maximum(x.astype(out.dtype), y.astype(out.dtype))
+    return _of_two(special.maximum if category(out.dtype) == 2 else jnp.maximum, x, y, out)
 
 
 @lowers("aten.minimum.default")
 def minimum(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
-    return jnp.minimum(x.astype(out.dtype), y.astype(out.dtype))
+    return _of_two(special.minimum if category(out.dtype) == 2 else jnp.minimum, x, y, out)
 
 
 @lowers("aten.fmax.default")
@@ -437,12 +430,12 @@ def xlogy(x: Any, y: Any, *, out: Out) -> jax.Array:
 
 @lowers("aten.logaddexp.default")
 def logaddexp(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
-    return special.logaddexp(*jnp.broadcast_arrays(x.astype(out.dtype), y.astype(out.dtype)))
+    return _of_two(special.logaddexp, x, y, out)
 
 
 @lowers("aten.logaddexp2.default")
 def logaddexp2(x: jax.Array, y: jax.Array, *, out: Out) -> jax.Array:
-    return special.logaddexp2(*jnp.broadcast_arrays(x.astype(out.dtype), y.astype(out.dtype)))
+    return _of_two(special.logaddexp2, x, y, out)
 
 
 @lowers("aten.lerp.Scalar", "aten.lerp.Tensor")
@@ -521,7 +514,7 @@ def polar(size: jax.Array, angle: jax.Array) -> jax.Array:
 
 @lowers("aten._to_copy.default")
 def to_copy(x: jax.Array, *, dtype: Any = None, out: Out) -> jax.Array:
-    return cast(x, out.dtype)
+    return cast(jnp.asarray(x), out.dtype)  # some decompositions pass numbers
 
 
 def cast(x: jax.Array, dtype: np.dtype[Any]) -> jax.Array:

@@ -30,6 +30,34 @@ def vdot(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.vdot(x, y)
 
 
+@lowers("aten._grouped_mm.default")
+def grouped_mm(
+    x: jax.Array,
+    y: jax.Array,
+    offs: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    out_dtype: Any = None,
+) -> jax.Array:
+    """A product for each group: an axis without a group axis is cut into them, at `offs`.
+
+    `lax.ragged_dot` has no rule for `vmap`; and but on TPUs it multiplies everything with everything, too.
+    """
+    x, y = precise(x), precise(y)
+    if offs is None:
+        return jnp.matmul(x, y)
+    ends = offs[:, None]
+    starts = jnp.pad(ends, ((1, 0), (0, 0)))[:-1]
+
+    def inside(n: int) -> jax.Array:
+        return (starts <= np.arange(n)) & (np.arange(n) < ends)
+
+    if x.ndim == y.ndim:  # what is multiplied is cut
+        within = inside(x.shape[1])
+        return jnp.matmul(jnp.where(within[:, None], x, 0), jnp.where(within[..., None], y, 0))
+    within = inside(x.shape[0])[..., None] if x.ndim == 2 else inside(y.shape[1])[:, None]
+    return jnp.sum(jnp.where(within, jnp.matmul(x, y), 0), axis=0)
+
+
 @lowers("aten._int_mm.default")
 def int_mm(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.matmul(x, y, preferred_element_type=np.int32)

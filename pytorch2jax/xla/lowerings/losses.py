@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,81 @@ from jax import lax
 
 from pytorch2jax.xla._registry import Out, lowers
 from pytorch2jax.xla.lowerings._promotion import precise
+from pytorch2jax.xla.lowerings._special import absolute, times
+
+
+def _reduced(loss: jax.Array, reduction: int) -> jax.Array:
+    """The losses, their mean or their sum: torch's numbers for `reduction` are 0, 1 and 2."""
+    return loss if reduction == 0 else jnp.mean(loss) if reduction == 1 else jnp.sum(loss)
+
+
+# -- residuals ------------------------------------------------------------------------------------------------
+
+
+@lowers("aten.huber_loss.default")
+def huber_loss(x: jax.Array, target: jax.Array, reduction: int = 1, delta: float = 1, *, out: Out) -> jax.Array:
+    residual = precise(x.astype(out.dtype)) - precise(target.astype(out.dtype))
+    return _reduced(_quadratic_near_zero(residual, delta) * delta, reduction)
+
+
+@lowers("aten.smooth_l1_loss.default")
+def smooth_l1_loss(x: jax.Array, target: jax.Array, reduction: int = 1, beta: float = 1, *, out: Out) -> jax.Array:
+    residual = precise(x.astype(out.dtype)) - precise(target.astype(out.dtype))
+    return _reduced(_quadratic_near_zero(residual, beta) if beta else absolute(residual), reduction)
+
+
+def _quadratic_near_zero(residual: jax.Array, beta: float) -> jax.Array:
+    """The absolute value less a constant, and a parabola between `-beta` and `beta`."""
+    linear = jnp.abs(residual) >= beta
+    near = jnp.where(linear, 0, residual)
+    return jnp.where(linear, absolute(residual) - 0.5 * beta, near * near * (0.5 / beta))
+
+
+# -- cross entropy --------------------------------------------------------------------------------------------
+
+
+@lowers("aten.binary_cross_entropy.default")
+def binary_cross_entropy(
+    x: jax.Array, target: jax.Array, weight: jax.Array | None = None, reduction: int = 1, *, out: Out
+) -> jax.Array:
+    loss = _cross_entropy(*jnp.broadcast_arrays(precise(x.astype(out.dtype)), precise(target.astype(out.dtype))))
+    return _reduced(loss if weight is None else loss * precise(weight), reduction)
+
+
+_TINY = 1e-12
+"""What stands for a probability of 0 in derivatives."""
+
+
+@jax.custom_jvp
+def _cross_entropy(x: jax.Array, target: jax.Array) -> jax.Array:
+    """With logarithms that are not below -100; torch's derivatives do not know about that."""
+    no, yes = (jnp.maximum(log, -100) for log in (jnp.log1p(-x), jnp.log(x)))
+    return (target - 1) * no - target * yes
+
+
+@functools.partial(_cross_entropy.defjvp, symbolic_zeros=True)
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    x, target = primals
+    by_target = jnp.log1p(-x) - jnp.log(x)
+    return _cross_entropy(x, target), times(tangents[0], _slope(x, target)) + times(tangents[1], by_target)
+
+
+@jax.custom_jvp
+def _slope(x: jax.Array, target: jax.Array) -> jax.Array:
+    """The derivative of the cross entropy by `x`."""
+    return (x - target) / jnp.maximum((1 - x) * x, _TINY)
+
+
+@functools.partial(_slope.defjvp, symbolic_zeros=True)
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    x, target = primals
+    # XLA makes `(1 + tiny) - x` of `1 - x + tiny`, which is 0 for 1.
+    by_x = (x * x - 2 * x * target + target) / (jnp.maximum(x, _TINY) * jnp.maximum(1 - x, _TINY)) ** 2
+    by_target = -1 / jnp.maximum((1 - x) * x, _TINY)
+    return _slope(x, target), times(tangents[0], by_x) + times(tangents[1], by_target)
+
+
+# -- alignments -----------------------------------------------------------------------------------------------
 
 
 @lowers("aten._ctc_loss.default", "aten._ctc_loss.Tensor")

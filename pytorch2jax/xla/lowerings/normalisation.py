@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 
 from pytorch2jax.xla._registry import Out, lowers
+from pytorch2jax.xla._storage import new_value
 from pytorch2jax.xla.lowerings._promotion import precise
 from pytorch2jax.xla.lowerings.reductions import norm
 
@@ -192,6 +193,10 @@ def renorm(x: jax.Array, p: Any, dim: int, maxnorm: Any) -> jax.Array:
 
 @lowers("aten.embedding_renorm.default")
 def embedding_renorm(weight: jax.Array, indices: jax.Array, max_norm: float, norm_type: float) -> jax.Array:
+    return new_value(_renormalised(weight, indices, max_norm, norm_type), weight)  # autograd does not know about it
+
+
+def _renormalised(weight: jax.Array, indices: jax.Array, max_norm: float, norm_type: float) -> jax.Array:
     size = norm(precise(weight), norm_type, (1,), True)
     used = jnp.zeros(weight.shape[0], bool).at[indices.reshape(-1)].set(True)[:, None]
     return jnp.where(used & (size > max_norm), weight * (max_norm / (size + 1e-7)), weight)

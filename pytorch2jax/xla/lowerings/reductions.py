@@ -12,7 +12,7 @@ from jax import lax
 
 from pytorch2jax.xla._registry import Out, lowers
 from pytorch2jax.xla.lowerings._promotion import category, precise
-from pytorch2jax.xla.lowerings._special import absolute
+from pytorch2jax.xla.lowerings._special import absolute, shared
 
 
 def axes(x: jax.Array, dim: int | Sequence[int] | None) -> tuple[int, ...] | None:
@@ -83,14 +83,19 @@ def amin(x: jax.Array, dim: Sequence[int] = (), keepdim: bool = False) -> jax.Ar
     return _amin(x, axes(x, dim), keepdim)
 
 
+def _extreme_of_all(extreme: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+    value = extreme(lax.stop_gradient(x), None, False)
+    return shared(value, x) if jnp.issubdtype(x.dtype, jnp.inexact) else value
+
+
 @lowers("aten.max.default")
 def max_(x: jax.Array) -> jax.Array:
-    return _amax(x, None, False)
+    return _extreme_of_all(_amax, x)
 
 
 @lowers("aten.min.default")
 def min_(x: jax.Array) -> jax.Array:
-    return _amin(x, None, False)
+    return _extreme_of_all(_amin, x)
 
 
 @lowers("aten.aminmax.default", "aten._aminmax.default", "aten._aminmax.dim")

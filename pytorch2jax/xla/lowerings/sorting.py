@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from pytorch2jax.xla._registry import Out, lowers
+from pytorch2jax.xla.lowerings._special import shared
 
 
 def _order(x: jax.Array, dim: int, descending: bool) -> jax.Array:
@@ -93,12 +94,17 @@ def _median(x: jax.Array, dim: int, keepdim: bool, *, skips_nan: bool) -> tuple[
 
 @lowers("aten.median.default")
 def median(x: jax.Array) -> jax.Array:
-    return _median(x.reshape(-1), 0, False, skips_nan=False)[0]
+    return _median_of_all(x, skips_nan=False)
 
 
 @lowers("aten.nanmedian.default")
 def nanmedian(x: jax.Array) -> jax.Array:
-    return _median(x.reshape(-1), 0, False, skips_nan=True)[0]
+    return _median_of_all(x, skips_nan=True)
+
+
+def _median_of_all(x: jax.Array, *, skips_nan: bool) -> jax.Array:
+    value, _ = _median(lax.stop_gradient(x).reshape(-1), 0, False, skips_nan=skips_nan)
+    return shared(value, x) if jnp.issubdtype(x.dtype, jnp.inexact) else value
 
 
 @lowers("aten.mode.default")
