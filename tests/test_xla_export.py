@@ -223,7 +223,7 @@ def test_an_operator_for_all_sizes(name):
         lambda x: (x.sin(), x.cos())[x.shape[0] % 2] * x,
         lambda x: (lambda a, b: (a, b)[x.shape[0] % 2] * a)(x.sin(), x.cos()),
         lambda x: (x, x.shape[0]),
-        lambda x: list(x[:20].split(1)) if x.shape[0] < 600 else [x],
+        lambda x: list(x[:20].split(1)) if x.shape[0] < 550 else [x],
         lambda x: x.detach() if x.shape[0] % 2 else x.clone(),
         lambda x: x * torch.tensor(list(range(x.shape[0]))),
     ],

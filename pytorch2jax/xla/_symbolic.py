@@ -25,9 +25,10 @@ from pytorch2jax.xla._graph import Equation, Graph, Var
 from pytorch2jax.xla._internals import aten
 from pytorch2jax.xla._interpret import ON_SIZES
 
-_SMALLEST, _LARGE, _STEP = 5, 768, 192
-_LIMITS = (None, 128, 32, 16)
-"""Largest sizes to try, one after the other: many models have an end, such as a table of positions."""
+_SMALLEST, _LARGE, _STEP = 5, 576, 384  # the large ones are multiples of 192, and unlike what models have
+_LIMITS = (None, 127, 31, 15)
+"""Largest sizes to try, one after the other: many models have an end, such as a table of positions. None of them is
+such an end itself, where torch leaves out `[:n]`."""
 
 Sizes = Mapping[str, int]
 
@@ -53,19 +54,25 @@ def bind_symbolic(name: str, specs: Sequence[Spec], bind: Callable[[list[Any]], 
             raise _fails_at(name, sizes, error) from error
 
     smallest = bind_at(sizes_to_try(name, bounds)[0])
-    for limit in _LIMITS:
-        tried = sizes_to_try(name, bounds, limit)
-        try:
-            last = bind_at(tried[-1])
-            break
-        except CaptureError:
-            if limit == _LIMITS[-1]:
-                raise
+    tried, last = _up_to_the_largest([sizes_to_try(name, bounds, limit) for limit in _LIMITS], bind_at)
     programs = (smallest, *map(bind_at, tried[1:-1]), last)
     first, *others = ((_plain(p.inferred.tree), p.inferred.changed) for p in programs)
     if any(other != first for other in others):
         raise _differs(name, symbols, "what it returns besides tensors")
     return programs[0].with_sizes(tuple(specs), AtSizes(symbols, tuple(tried), programs))
+
+
+def _up_to_the_largest(
+    choices: Sequence[list[Sizes]], bind_at: Callable[[Sizes], BoundFunction]
+) -> tuple[list[Sizes], BoundFunction]:
+    """The first choice of sizes whose last ones the function works at, and the program for these."""
+    *larger, smallest = choices
+    for tried in larger:
+        try:
+            return tried, bind_at(tried[-1])
+        except CaptureError:
+            pass  # there is an end below
+    return smallest, bind_at(smallest[-1])
 
 
 def _plain(tree: OutputTree) -> Any:
@@ -97,18 +104,19 @@ def sizes_to_try(name: str, bounds: Mapping[str, tuple[int, float]], limit: int 
     ranges = {}
     for symbol, (low, high) in bounds.items():
         start = max(low, _SMALLEST)
-        most = limit if limit is not None and limit > start + 2 * _SMALLEST else start + 10 * _LARGE
-        ranges[symbol] = start, int(min(high, most))
+        most = limit if limit is not None and limit >= start + 2 * _SMALLEST else start + 10 * _LARGE
+        ranges[symbol] = start, int(min(high - 1, most))
 
     def take(candidates: Callable[[int, int], Iterable[int]]) -> dict[str, int]:
         taken = {}
         for symbol, (start, end) in ranges.items():
-            everything = range(bounds[symbol][0], end + 1)
-            found = next((n for n in itertools.chain(candidates(start, end), everything) if n not in used), None)
+            low = bounds[symbol][0]
+            others = itertools.chain(range(start, end + 1), range(min(start - 1, end), low, -1), {end + 1, low})
+            found = next((n for n in itertools.chain(candidates(start, end), others) if n not in used), None)
             if found is None:
                 raise CaptureError(
                     f"{name}: expected at least {4 * len(bounds)} sizes that {symbol} can have, to see what the "
-                    f"function does with them, got {bounds[symbol][0]} to {end}. Give the program fixed sizes."
+                    f"function does with them, got {low} to {end + 1}. Give the program fixed sizes."
                 )
             used.add(found)
             taken[symbol] = found
@@ -134,7 +142,7 @@ def _even(start: int, end: int) -> Iterable[int]:
 
 def _large(start: int, end: int) -> Iterable[int]:
     """Multiples of as many numbers as possible."""
-    first = -(-max(start, _LARGE) // _STEP) * _STEP
+    first = _LARGE + -(-max(start - _LARGE, 0) // _STEP) * _STEP
     below = [range(end - end % step, start - 1, -step) for step in (24, 4, 1)]
     return itertools.chain(range(first, end + 1, _STEP), *below)
 
