@@ -175,12 +175,25 @@ FUNCTIONS = {
     "batch statistics": lambda x: nn.functional.batch_norm(x[:, None].expand(-1, 3, -1), None, None, training=True),
     "convolution": lambda x: nn.functional.conv1d(x[:, None], torch.ones(2, 1, 3), padding=1),
     "pooling": lambda x: nn.functional.max_pool1d(x[:, None], 3, 1, 1),
+    "a function with a gradient of its own": lambda x: Tripled.apply(x)[:, 1:] + 1,
     "a write to a column": lambda x: written(x, (slice(None), 0), 0.0),
     "a write to a slice": lambda x: written(x, (slice(1, None), slice(None, -1)), x[:-1, 1:]),
     "a write to the last row": lambda x: written(x, (-1,), x[0]),
     "a write to every other of four": lambda x: written(x.new_zeros(4, *x.shape), (slice(None, None, 2),), x),
     "a read of a part that was written to": lambda x: reads_after_a_write(x),
 }
+
+
+class Tripled(torch.autograd.Function):
+    """Its gradient is not that of its forward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * x.shape[0]
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 3 + g.shape[1]
 
 
 def written(x, where, value):
@@ -200,6 +213,23 @@ def reads_after_a_write(x):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_an_operator_for_all_sizes(name):
     check_at_other_sizes(FUNCTIONS[name], "b, t")
+
+
+@pytest.mark.parametrize(
+    "name", ["differences", "a table", "deviations", "linear", "pooling", "topk", "a write to a slice", "gradient"]
+)
+def test_gradients_for_all_sizes(name):
+    f = next(f for key, f in FUNCTIONS.items() if name in key)
+
+    def gradient(x):
+        x = x.requires_grad_()
+        return torch.autograd.grad(f(x).square().sum(), x)[0]
+
+    g = jax.grad(lambda x: (torch2jax(f, backend="xla")(x) ** 2).sum())
+    program = exported_for_all(g, "b, t")
+    for shape in ((2, 3), (4, 9), (33, 20)):
+        x = torch.randn(shape)
+        np.testing.assert_allclose(program.call(x.numpy()), gradient(x), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -239,6 +269,18 @@ def test_an_operator_that_needs_numbers_is_named():
 
     with pytest.raises(CaptureError, match=r"f: aten\.hann_window\.default: .*Give the program fixed sizes\."):
         exported_for_all(torch2jax(f, backend="xla"), "b")
+
+
+def test_a_slice_over_the_end_of_a_table():
+    f = torch2jax(lambda x: x + torch.ones(50)[: x.shape[0]], backend="xla")
+    got = exported_for_all(f, "b").call(np.zeros(52, np.float32))
+    np.testing.assert_array_equal(np.isnan(got), np.arange(52) >= 50)
+
+
+def test_operators_that_torch_runs_have_no_symbolic_sizes():
+    f = torch2jax(lambda x: torch.linalg.ldl_factor(x @ x.mT)[0], backend="xla")
+    with pytest.raises(ExportError, match=r"linalg_ldl_factor.*cannot be exported"):
+        exported_for_all(f, "b, 3, 3")
 
 
 def test_what_is_said_of_sizes_helps():

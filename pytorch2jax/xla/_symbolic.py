@@ -17,10 +17,11 @@ import numpy as np
 import torch
 
 from pytorch2jax._bound import BoundFunction
-from pytorch2jax._errors import CaptureError, Pytorch2JaxError
+from pytorch2jax._errors import CaptureError, ExportError, Pytorch2JaxError
 from pytorch2jax._inference import Spec
 from pytorch2jax._internals import bounds_of, size_at, symbols_of
 from pytorch2jax._trees import OutputTree
+from pytorch2jax.xla._bridged import Bridged
 from pytorch2jax.xla._graph import Equation, Graph, Var
 from pytorch2jax.xla._internals import aten
 from pytorch2jax.xla._interpret import ON_SIZES
@@ -242,6 +243,11 @@ class Unifier:
         operator = first.operator
         if any(type(e.operator) is not type(operator) for e in group):
             raise self._differs(first.name)
+        if isinstance(operator, Bridged):
+            raise ExportError(
+                f"{self._name}: {first.name}: expected operators with a JAX function, got one that torch has to run, "
+                "where sizes are numbers. Such a program cannot be exported."
+            )
         if hasattr(operator, "unified"):
             operator = operator.unified([e.operator for e in group], self.unified)
         elif any(e.operator != operator for e in group):
@@ -267,6 +273,8 @@ class Unifier:
             raise self._differs(f"an argument ({first!r})")
         if isinstance(first, Var):
             return self._var(values)
+        if isinstance(first, Equation):
+            return self._equation(values)
         if isinstance(first, (list, tuple)):
             if len({len(v) for v in values}) > 1:
                 raise self._differs("the length of an argument")
