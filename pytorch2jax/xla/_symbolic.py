@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from pytorch2jax._bound import BoundFunction
-from pytorch2jax._errors import CaptureError, ExportError, Pytorch2JaxError
+from pytorch2jax._errors import CaptureError, ExportError, InferenceError
 from pytorch2jax._inference import Spec
 from pytorch2jax._internals import bounds_of, size_at, symbols_of
 from pytorch2jax._trees import OutputTree
@@ -46,34 +46,44 @@ def bind_symbolic(name: str, specs: Sequence[Spec], bind: Callable[[list[Any]], 
     """The program for sizes that are symbols; see `_engines.bind_symbolic`."""
     symbols = symbols_of(n for spec in specs for n in spec.shape)
     bounds = {s: bounds_of(symbol) for s, symbol in symbols.items()}
+    from pytorch2jax.xla._call import graph_of  # which needs this module
 
     def bind_at(sizes: Sizes) -> BoundFunction:
         shapes = [tuple(size_at(n, sizes) for n in spec.shape) for spec in specs]
         try:
             return bind([jax.ShapeDtypeStruct(s, spec.dtype) for s, spec in zip(shapes, specs, strict=True)])
-        except Pytorch2JaxError as error:
+        except (CaptureError, InferenceError) as error:
             raise _fails_at(name, sizes, error) from error
 
-    smallest = bind_at(sizes_to_try(name, bounds)[0])
-    tried, last = _up_to_the_largest([sizes_to_try(name, bounds, limit) for limit in _LIMITS], bind_at)
-    programs = (smallest, *map(bind_at, tried[1:-1]), last)
+    graph_of(bind_at(sizes_to_try(name, bounds)[0]))  # what cannot be captured is not run with large arrays
+    limits: dict[str, int | None] = {}
+    for symbol in symbols:
+        _limit(name, bounds, limits, symbol, bind_at)
+    tried = sizes_to_try(name, bounds, limits)
+    programs = tuple(map(bind_at, tried))
     first, *others = ((_plain(p.inferred.tree), p.inferred.changed) for p in programs)
     if any(other != first for other in others):
         raise _differs(name, symbols, "what it returns besides tensors")
     return programs[0].with_sizes(tuple(specs), AtSizes(symbols, tuple(tried), programs))
 
 
-def _up_to_the_largest(
-    choices: Sequence[list[Sizes]], bind_at: Callable[[Sizes], BoundFunction]
-) -> tuple[list[Sizes], BoundFunction]:
-    """The first choice of sizes whose last ones the function works at, and the program for these."""
-    *larger, smallest = choices
-    for tried in larger:
+def _limit(
+    name: str,
+    bounds: Mapping[str, tuple[int, float]],
+    limits: dict[str, int | None],
+    symbol: str,
+    bind_at: Callable[[Sizes], BoundFunction],
+) -> None:
+    """Find out up to which size of a symbol the function works, and add that to `limits`."""
+    for limit in _LIMITS:
+        limits[symbol] = limit
+        sizes = max(sizes_to_try(name, bounds, limits), key=lambda sizes: sizes[symbol])
         try:
-            return tried, bind_at(tried[-1])
+            bind_at(sizes)
+            return
         except CaptureError:
-            pass  # there is an end below
-    return smallest, bind_at(smallest[-1])
+            if limit == _LIMITS[-1]:
+                raise
 
 
 def _plain(tree: OutputTree) -> Any:
@@ -87,16 +97,18 @@ def _fails_at(name: str, sizes: Sizes, error: Exception) -> CaptureError:
     return CaptureError(f"{name}: expected a function for all sizes, got an error at {where}: {error} {ON_SIZES}")
 
 
-def sizes_to_try(name: str, bounds: Mapping[str, tuple[int, float]], limit: int | None = None) -> list[Sizes]:
-    """The sizes to capture a function at: all combinations of two for each symbol, and two more.
+def sizes_to_try(
+    name: str, bounds: Mapping[str, tuple[int, float]], limits: Mapping[str, int | None] | None = None
+) -> list[Sizes]:
+    """The sizes to capture a function at: all combinations of two for each symbol; others; and a large one of each.
 
     They leave different rests when they are divided by small numbers, and no two symbols have the same, so that nothing
-    is taken for a polynomial by chance. The largest are the last.
+    is taken for a polynomial by chance.
 
     Args:
         name: the function's name, for messages.
         bounds: the smallest and the largest size of each symbol.
-        limit: the largest size to try.
+        limits: the largest sizes to try, if there are such.
 
     Raises:
         CaptureError: there are too few sizes between the bounds.
@@ -105,6 +117,7 @@ def sizes_to_try(name: str, bounds: Mapping[str, tuple[int, float]], limit: int 
     ranges = {}
     for symbol, (low, high) in bounds.items():
         start = max(low, _SMALLEST)
+        limit = (limits or {}).get(symbol)
         most = limit if limit is not None and limit >= start + 2 * _SMALLEST else start + 10 * _LARGE
         ranges[symbol] = start, int(min(high - 1, most))
 
@@ -124,9 +137,9 @@ def sizes_to_try(name: str, bounds: Mapping[str, tuple[int, float]], limit: int 
         return taken
 
     fitted = [take(_odd), take(_odd)]
-    checked = [take(_even), take(_large)]
+    others, large = take(_even), take(_large)
     combined = [{s: fitted[c][s] for s, c in zip(bounds, choice, strict=True)} for choice in _choices(len(bounds))]
-    return [*combined, *checked]
+    return [*combined, others, *({**combined[0], symbol: size} for symbol, size in large.items())]
 
 
 def _choices(n: int) -> Iterable[tuple[int, ...]]:
