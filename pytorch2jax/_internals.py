@@ -28,6 +28,7 @@ from jax._src import core, dispatch, effects, util, xla_bridge
 from jax._src.array import ArrayImpl as _ArrayImpl
 from jax._src.core import trace_state_clean
 from jax._src.custom_partitioning_sharding_rule import SdyShardingRule as ShardingRule
+from jax._src.export.shape_poly import BoundsPrecision, InconclusiveDimensionOperation, _bounds_decision, _DimExpr
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lib import _jax
 from jax._src.sharding_impls import ShardingContext, parse_flatten_op_sharding
@@ -46,6 +47,7 @@ __all__ = [
     "ExecutionContext",
     "GradientEdge",
     "HigherOrderOperator",
+    "InconclusiveDimensionOperation",
     "Primitive",
     "RefusingTrace",
     "ShapedArray",
@@ -255,6 +257,17 @@ def symbols_of(sizes: Iterable[Any]) -> dict[str, Any]:
             for name in size._get_vars():
                 found.setdefault(name, jax.export.symbolic_shape(name, scope=size.scope)[0])
     return dict(sorted(found.items()))
+
+
+def bounds_of(symbol: Any) -> tuple[int, float]:
+    """The smallest and the largest value of a symbol, as its constraints say."""
+    low, high = _bounds_decision(symbol, BoundsPrecision.BEST)
+    return int(low), high
+
+
+def is_symbolic(size: Any) -> bool:
+    """Whether a size, or another number in a program with symbolic sizes, is a formula."""
+    return isinstance(size, _DimExpr)
 
 
 def size_at(size: Any, symbols: Mapping[str, int]) -> int:

@@ -37,8 +37,8 @@ def xla_call(program: BoundFunction, *arrays: Any) -> list[Any]:
 def graph_of(program: BoundFunction) -> Graph:
     """The graph of a program, captured anew."""
     if program.at_sizes is not None:
-        symbols, programs = program.at_sizes
-        return Unifier(program.name, symbols).graph([graph_of(p) for p in programs])
+        symbols, tried, programs = program.at_sizes
+        return Unifier(program.name, symbols, tried).graph([graph_of(p) for p in programs])
     with program.session():
         active = program.inferred.needs_grad is not False or program.inferred.asks
         return capture(program.name, program.outputs_of, program.tensor_inputs(), active=active)

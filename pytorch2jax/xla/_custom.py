@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -61,6 +63,12 @@ class CustomGradient:
         self._linear: bool | None = None
         # What the backward pass needs from the forward pass.
         self._kept = [v for v in used_backward if v not in made_backward and v not in cotangents]
+
+    def unified(self, functions: Sequence[Any], unified: Callable[[Sequence[Any]], Any]) -> CustomGradient:
+        """One for all sizes of those at several, with formulas for their numbers."""
+        new = copy.copy(self)
+        vars(new).update(unified([vars(f) for f in functions]))
+        return new
 
     def __call__(self, *arrays: Any, key: Any = None) -> tuple[Any, ...]:
         n = len(self._primals)

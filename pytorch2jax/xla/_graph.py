@@ -55,24 +55,31 @@ class Graph(NamedTuple):
     constants: tensors that it got from elsewhere.
     equations: in order.
     outputs: what it returns.
+    symbolic: the function's name, if there are symbols for sizes.
     """
 
     inputs: tuple[Var, ...]
     constants: dict[Var, torch.Tensor]
     equations: tuple[Equation, ...]
     outputs: tuple[Var, ...]
+    symbolic: str | None = None
 
 
 def variables(tree: Any) -> Iterator[Var]:
     """The variables in the arguments of an operator."""
-    if isinstance(tree, Var):
-        yield tree
-    elif isinstance(tree, (list, tuple)):
+    return (leaf for leaf in leaves(tree) if isinstance(leaf, Var))
+
+
+def leaves(tree: Any) -> Iterator[Any]:
+    """The arguments of an operator, one by one."""
+    if isinstance(tree, (list, tuple)):
         for item in tree:
-            yield from variables(item)
+            yield from leaves(item)
     elif isinstance(tree, dict):
         for item in tree.values():
-            yield from variables(item)
+            yield from leaves(item)
+    else:
+        yield tree
 
 
 def replaced(tree: Any, of: Callable[[Any], Any], kind: type) -> Any:

@@ -10,14 +10,20 @@ import jax.numpy as jnp
 import torch
 
 from pytorch2jax._dtypes import canonical_dtype_t2j, narrowed
-from pytorch2jax._errors import CaptureError, NarrowingError
+from pytorch2jax._errors import CaptureError, NarrowingError, Pytorch2JaxError
+from pytorch2jax._internals import is_symbolic
 from pytorch2jax._transfer import t2j
-from pytorch2jax.xla._graph import Equation, Graph, Var, replaced, variables
+from pytorch2jax.xla._graph import Equation, Graph, Var, leaves, replaced, variables
 from pytorch2jax.xla._internals import OpOverload
 from pytorch2jax.xla._registry import Out, Rule, rule_for
 
 _ABOUT_MEMORY = frozenset({"device", "layout", "pin_memory", "memory_format", "non_blocking", "generator"})
 """Arguments of operators that mean nothing in JAX."""
+
+ON_SIZES = (
+    'Say which sizes there are (`jax.export.symbolic_shape("n", constraints=["n >= 4", "n <= 512"])`). Or: '
+    "Give the program fixed sizes."
+)
 
 
 def evaluate(graph: Graph, inputs: Sequence[Any], key: Any) -> list[Any]:
@@ -30,7 +36,12 @@ def evaluate(graph: Graph, inputs: Sequence[Any], key: Any) -> list[Any]:
     """
     env: dict[Var, Any] = {var: constant(tensor) for var, tensor in graph.constants.items()}
     env.update(zip(graph.inputs, inputs, strict=True))
-    run(graph.equations, env, key)
+    try:
+        run(graph.equations, env, key)
+    except CaptureError as error:
+        if graph.symbolic is None:
+            raise
+        raise CaptureError(f"{graph.symbolic}: {error}") from error
     return [env[var] for var in graph.outputs]
 
 
@@ -63,7 +74,7 @@ def run(equations: Sequence[Equation], env: dict[Var, Any], key: Any) -> None:
         if rule.wants_key and equation.draw is not None:
             # Some draw nothing with these arguments, and then there may be no key.
             kwargs["key"] = None if key is None else jax.random.fold_in(key, equation.draw)
-        results = rule.function(*args, **kwargs)
+        results = _results(equation, rule, args, kwargs)
         results = results if equation.several else (results,)
         for var, out, result in zip(equation.outputs, outs, results, strict=True):
             if var is not None and out is not None:
@@ -97,6 +108,28 @@ def _check_numbers(equation: Equation) -> None:
             )
 
 
+def _results(equation: Equation, rule: Rule, args: Any, kwargs: Any) -> Any:
+    """What a rule returns. What JAX says of symbolic sizes does not say of which operator."""
+    try:
+        return rule.function(*args, **kwargs)
+    except Pytorch2JaxError:
+        raise
+    except Exception as error:
+        if not _is_symbolic(equation):
+            raise
+        reason = str(error).strip().split("\n")[0]
+        raise CaptureError(
+            f"{equation.name}: expected an operator that can be computed for all sizes, got {type(error).__name__}: "
+            f"{reason} {ON_SIZES}"
+        ) from error
+
+
+def _is_symbolic(equation: Equation) -> bool:
+    given = (equation.args, equation.kwargs)
+    seen = (*variables(given), *(var for var in equation.outputs if var is not None))
+    return any(is_symbolic(n) for var in seen for n in var.shape) or any(map(is_symbolic, leaves(given)))
+
+
 def _out(var: Var | None) -> Out | None:
     return None if var is None else Out(var.shape, var.dtype, canonical_dtype_t2j(var.dtype))
 
@@ -104,6 +137,11 @@ def _out(var: Var | None) -> Out | None:
 def _checked(equation: Equation, out: Out, result: Any) -> Any:
     array = jnp.asarray(result)
     if array.shape != out.shape:
+        if _is_symbolic(equation):
+            raise CaptureError(
+                f"{equation.name}: expected a result of shape {out.shape}, as torch has it at the sizes that were "
+                f"tried, got {array.shape}. {ON_SIZES}"
+            )
         raise CaptureError(
             f"{equation.name}: expected a result of shape {out.shape}, as torch has it, got {array.shape}: the rule "
             'for this operator is wrong for these arguments. Please report it; `backend="torch"` runs the function.'

@@ -6,8 +6,9 @@ the variable that holds all of it, and a write to a part makes a new one.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from pytorch2jax.xla._graph import Equation, Var
+from pytorch2jax.xla._sizes import as_array, count, slice_of, with_slices
 
 
 class Geometry(NamedTuple):
@@ -55,12 +57,12 @@ class Part(NamedTuple):
     """A part of an array as slices of it: its axes, cut and put into another order.
 
     base: the shape that the array is reshaped to, axes from the longest stride to the shortest.
-    slices: what is taken of each axis.
+    slices: what is taken of each axis: from where, how many elements, and how far apart.
     order: the axes of the part, without those of length 1, in the order of the array's.
     """
 
     base: tuple[int, ...]
-    slices: tuple[slice, ...]
+    slices: tuple[tuple[int, int, int], ...]
     order: tuple[int, ...]
 
 
@@ -74,12 +76,11 @@ def _part_of(base: tuple[int, ...], part: Geometry) -> Part | None:
             return None
         found = next((i for i in free if _fits(part, i, start, length, stride)), None)
         if found is None:
-            slices.append(slice(start, start + 1, 1))
+            slices.append((start, 1, 1))
             continue
         free.remove(found)
         order.append(found)
-        step = part.stride[found] // stride
-        slices.append(slice(start, start + (part.shape[found] - 1) * step + 1, step))
+        slices.append((start, part.shape[found], part.stride[found] // stride))
     return None if free or rest else Part(base, tuple(slices), tuple(order))
 
 
@@ -111,13 +112,13 @@ def _c_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def _indices(part: Geometry) -> np.ndarray[Any, Any]:
+def _indices(part: Geometry) -> Any:
     """The place in memory of each element."""
-    places = np.full(part.shape, part.offset, np.int64)
+    places: Any = np.full((1,) * len(part.shape), 0) + as_array(part.offset)
     for axis, (n, stride) in enumerate(zip(part.shape, part.stride, strict=True)):
         along = [1] * len(part.shape)
         along[axis] = n
-        places = places + stride * np.arange(n).reshape(along)
+        places = places + as_array(stride) * count(n).reshape(along)
     return places
 
 
@@ -130,7 +131,7 @@ class Access:
     """
 
     def __init__(self, whole: Geometry, part: Geometry) -> None:
-        self._key = type(self), whole, part
+        self._key: Any = type(self), whole, part
         self._part = part
         self._order = whole.in_memory_order()
         self._shape = tuple(whole.shape[i] for i in self._order)
@@ -144,6 +145,15 @@ class Access:
 
     def __hash__(self) -> int:
         return hash(self._key)
+
+    def unified(self, accesses: Sequence[Any], unified: Callable[[Sequence[Any]], Any]) -> Access:
+        """One for all sizes of those at several, with formulas for their numbers."""
+        numbers = unified([(a._part, a._order, a._shape, a._slices, a._axes) for a in accesses])
+        new = copy.copy(self)
+        part, new._order, new._shape, slices, new._axes = numbers
+        new._key, new._part = (type(self), *numbers[:3]), Geometry(*part)
+        new._slices = None if slices is None else Part(*slices)
+        return new
 
     def _memory(self, whole: jax.Array) -> jax.Array:
         base = (-1,) if self._slices is None else self._slices.base
@@ -161,7 +171,9 @@ class Read(Access):
         if self._slices is None:
             return memory[_indices(self._part)]
         order = self._slices.order
-        taken = memory[self._slices.slices].reshape([shape[i] for i in order])
+        for axis, (start, length, step) in enumerate(self._slices.slices):
+            memory = slice_of(memory, start, length, axis, step)
+        taken = memory.reshape([shape[i] for i in order])
         return taken.transpose([order.index(i) for i in self._axes]).reshape(shape)
 
     def __repr__(self) -> str:
@@ -179,8 +191,8 @@ class Write(Access):
             return self._whole(memory.at[_indices(self._part)].set(part))
         taken = part.reshape([self._part.shape[i] for i in self._axes])
         taken = taken.transpose([self._axes.index(i) for i in self._slices.order])
-        lengths = [len(range(s.start, s.stop, s.step)) for s in self._slices.slices]
-        return self._whole(memory.at[self._slices.slices].set(taken.reshape(lengths)))
+        lengths = [length for _, length, _ in self._slices.slices]
+        return self._whole(with_slices(memory, taken.reshape(lengths), self._slices.slices))
 
     def __repr__(self) -> str:
         return "write to a view"

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pytorch2jax._internals import is_symbolic
 from pytorch2jax.xla._registry import Out
 
 _HALF = (np.dtype(np.float16), np.dtype(jnp.bfloat16))
@@ -72,7 +73,7 @@ def result_type(*values: Any, default: Any = np.float32) -> np.dtype[Any]:
 
 
 def _of_number(value: Any, default: Any) -> np.dtype[Any]:
-    dtype = np.dtype(_PYTHON[type(value)])
+    dtype = np.dtype(_PYTHON[int if is_symbolic(value) else type(value)])
     if category(dtype) == 2:
         return np.dtype(default)
     if category(dtype) == 3:

@@ -42,7 +42,7 @@ def _scores(query: jax.Array, key: jax.Array, scale: float | None, is_causal: bo
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     scores = precise(query) @ jnp.swapaxes(precise(key), -1, -2) * factor
     if is_causal:
-        scores = jnp.where(np.tri(*scores.shape[-2:], dtype=np.bool_), scores, -jnp.inf)
+        scores = jnp.where(jnp.tri(scores.shape[-2], scores.shape[-1], dtype=np.bool_), scores, -jnp.inf)
     return scores
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pytorch2jax.xla._registry import Out, lowers
+from pytorch2jax.xla._sizes import are_numbers, count
 from pytorch2jax.xla.lowerings._promotion import as_array
 
 
@@ -62,6 +63,9 @@ def eye(n: int, m: int | None = None, *, dtype: Any = None, out: Out) -> jax.Arr
 def arange(start: Any, end: Any = None, step: Any = 1, *, dtype: Any = None, out: Out) -> jax.Array:
     first = 0 if end is None else start
     n = out.shape[0]
+    if not are_numbers(n, first, step):
+        dtype = out.dtype if np.issubdtype(out.dtype, np.integer) else np.promote_types(out.dtype, np.float32)
+        return jnp.asarray(first, dtype) + jnp.asarray(step, dtype) * count(n).astype(dtype)
     if np.issubdtype(out.dtype, np.integer):
         return jnp.asarray(int(first) + int(step) * np.arange(n), out.dtype)
     return jnp.asarray(first + step * np.arange(n, dtype=np.float64), out.dtype)
@@ -70,6 +74,10 @@ def arange(start: Any, end: Any = None, step: Any = 1, *, dtype: Any = None, out
 @lowers("aten.linspace.default")
 def linspace(start: Any, end: Any, steps: int, *, dtype: Any = None, out: Out) -> jax.Array:
     whole = np.issubdtype(out.dtype, np.integer)
+    if not are_numbers(steps, start, end):
+        if whole or not are_numbers(start, end):
+            raise TypeError("`torch.linspace` between whole or symbolic numbers.")
+        return _linspace(start, end, steps).astype(out.dtype)
     if steps == 1:
         return jnp.full((1,), start, out.dtype)
     if whole:
@@ -79,6 +87,12 @@ def linspace(start: Any, end: Any, steps: int, *, dtype: Any = None, out: Out) -
     n = np.arange(steps)
     values = np.where(n < steps // 2, start + step * n, end - step * (steps - 1 - n))
     return jnp.asarray(np.trunc(values) if whole else values, out.dtype)
+
+
+def _linspace(start: Any, end: Any, steps: Any) -> jax.Array:
+    n, last = count(steps), jnp.asarray(steps, np.int32) - 1
+    step = (end - start) / jnp.maximum(last, 1)
+    return jnp.where(n < (last + 1) // 2, start + step * n, jnp.where(last == 0, start, end - step * (last - n)))
 
 
 @lowers("aten.tril_indices.default")

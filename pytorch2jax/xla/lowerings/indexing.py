@@ -6,7 +6,7 @@ out of range are dropped.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from jax import lax
 
 from pytorch2jax._errors import CaptureError
 from pytorch2jax.xla._registry import Out, lowers
+from pytorch2jax.xla._sizes import count, slice_of
 from pytorch2jax.xla.lowerings._promotion import precise
 
 
@@ -143,7 +144,7 @@ def embedding_bag(
 ) -> tuple[jax.Array, ...]:
     """Modes are sum, mean and maximum. What torch keeps for its own derivatives is left empty."""
     n_bags, n = out[0].shape[0], indices.shape[0]
-    bags = jnp.searchsorted(offsets[:n_bags], np.arange(n), side="right") - 1
+    bags = jnp.searchsorted(offsets[:n_bags], count(n), side="right") - 1
     rows = precise(embedding(weight, indices, -1, scale_grad_by_freq))
     used = indices != padding_idx
     if per_sample_weights is not None:
@@ -165,7 +166,7 @@ def _largest_in_bags(rows: jax.Array, used: jax.Array, bags: jax.Array, n_bags: 
         return jnp.zeros((n_bags, rows.shape[1]), rows.dtype)
     values = lax.stop_gradient(jnp.where(used[:, None], rows, -jnp.inf))
     is_largest = used[:, None] & (values == jax.ops.segment_max(values, bags, n_bags)[bags])
-    first = jax.ops.segment_min(jnp.where(is_largest, np.arange(n)[:, None], n), bags, n_bags)
+    first = jax.ops.segment_min(jnp.where(is_largest, count(n)[:, None], n), bags, n_bags)
     found = jnp.take_along_axis(rows, jnp.minimum(first, n - 1), axis=0)
     return jnp.where(first < n, found, 0)
 
@@ -186,7 +187,7 @@ def gather(x: jax.Array, dim: int, index: jax.Array, *, sparse_grad: bool = Fals
         return jnp.zeros(index.shape, x.dtype)
     y, places = _one_axis(x, index)
     dim = dim % y.ndim
-    covered = y[tuple(slice(None) if axis == dim else slice(n) for axis, n in enumerate(places.shape))]
+    covered = _cut(y, (n if axis != dim else m for axis, (n, m) in enumerate(zip(places.shape, y.shape, strict=True))))
     return jnp.take_along_axis(covered, places, axis=dim, mode="clip").reshape(index.shape)
 
 
@@ -198,31 +199,34 @@ def _one_axis(x: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
     return (x[None] if x.ndim == 0 else x), (index[None] if index.ndim == 0 else index)
 
 
-def _cut(source: Any, index: jax.Array) -> Any:
-    """The part of `source` that has an index."""
+def _cut(source: Any, shape: Iterable[Any]) -> Any:
+    """The first elements along each axis."""
     if not isinstance(source, jax.Array):
         return source
     if source.ndim == 0:
         source = source[None]
-    return source[tuple(slice(n) for n in index.shape)]
+    for axis, n in enumerate(shape):
+        if source.shape[axis] != n:
+            source = slice_of(source, 0, n, axis)
+    return source
 
 
 @lowers("aten.scatter.src", "aten.scatter.value")
 def scatter(x: jax.Array, dim: int, index: jax.Array, source: Any) -> jax.Array:
     y, index = _one_axis(x, index)
-    return _at(y, dim, index).set(jnp.asarray(_cut(source, index), x.dtype)).reshape(x.shape)
+    return _at(y, dim, index).set(jnp.asarray(_cut(source, index.shape), x.dtype)).reshape(x.shape)
 
 
 @lowers("aten.scatter_add.default")
 def scatter_add(x: jax.Array, dim: int, index: jax.Array, source: jax.Array) -> jax.Array:
     y, index = _one_axis(x, index)
-    return _add(_at(y, dim, index), _cut(source, index)).reshape(x.shape)
+    return _add(_at(y, dim, index), _cut(source, index.shape)).reshape(x.shape)
 
 
 @lowers("aten.scatter.reduce", "aten.scatter.value_reduce")
 def scatter_with(x: jax.Array, dim: int, index: jax.Array, source: Any, *, reduce: str) -> jax.Array:
     y, index = _one_axis(x, index)
-    source = jnp.broadcast_to(jnp.asarray(_cut(source, index), x.dtype), index.shape)
+    source = jnp.broadcast_to(jnp.asarray(_cut(source, index.shape), x.dtype), index.shape)
     if reduce == "add":
         return _add(_at(y, dim, index), source).reshape(x.shape)
     return _multiplied(y, _places(index, dim), source).reshape(x.shape)
@@ -233,7 +237,7 @@ def scatter_reduce(
     x: jax.Array, dim: int, index: jax.Array, source: jax.Array, reduce: str, *, include_self: bool = True
 ) -> jax.Array:
     y, index = _one_axis(x, index)
-    return _reduced_at(y, _places(index, dim), _cut(source, index), reduce, include_self).reshape(x.shape)
+    return _reduced_at(y, _places(index, dim), _cut(source, index.shape), reduce, include_self).reshape(x.shape)
 
 
 @lowers("aten.index_reduce.default")
@@ -353,4 +357,4 @@ def nonzero_static(x: jax.Array, *, size: int, fill_value: int = -1) -> jax.Arra
 @lowers("aten.repeat_interleave.Tensor")
 def repeat_interleave(repeats: jax.Array, *, output_size: int | None = None, out: Out) -> jax.Array:
     """The number of each entry, as many times as it says."""
-    return jnp.repeat(np.arange(repeats.shape[0]), repeats, total_repeat_length=out.shape[0])
+    return jnp.repeat(count(repeats.shape[0]), repeats, total_repeat_length=out.shape[0])

@@ -99,7 +99,8 @@ def _batch_norm(
         n = x.size // max(x.shape[1], 1)
         if mean is not None and var is not None:
             # Torch's running variance is the unbiased one; and nothing is differentiated through either.
-            unbiased = lax.stop_gradient(variance).reshape(-1) * (n / max(n - 1, 1))
+            count = jnp.asarray(n, wide.dtype)
+            unbiased = lax.stop_gradient(variance).reshape(-1) * (count / jnp.maximum(count - 1, 1))
             new_mean = (1 - momentum) * mean + momentum * lax.stop_gradient(batch_mean).reshape(-1).astype(mean.dtype)
             new_var = (1 - momentum) * var + momentum * unbiased.astype(var.dtype)
     else:

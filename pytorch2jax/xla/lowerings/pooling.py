@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 
 from pytorch2jax.xla._registry import Out, lowers
+from pytorch2jax.xla._sizes import are_numbers, count
 from pytorch2jax.xla.lowerings._promotion import precise
 
 # -- windows --------------------------------------------------------------------------------------------------
@@ -93,7 +94,7 @@ def _where_largest(x: jax.Array, windows: _Windows) -> jax.Array:
     sizes = x.shape[x.ndim - len(windows.size) :]
     x = lax.stop_gradient(x)
     outside = np.int32(np.iinfo(np.int32).max)
-    places = jnp.broadcast_to(np.arange(math.prod(sizes), dtype=np.int32).reshape(sizes), x.shape)
+    places = jnp.broadcast_to(count(math.prod(sizes)).astype(np.int32).reshape(sizes), x.shape)
 
     def better(left: Any, right: Any) -> Any:
         (a, i), (b, j) = left, right
@@ -258,61 +259,72 @@ def _unpooled(x: jax.Array, indices: jax.Array, n: int, out: Out) -> jax.Array:
 @jax.custom_jvp
 def _put(images: jax.Array, places: jax.Array, values: jax.Array) -> jax.Array:
     """Flat images with values written to places of each; where several are written to one, torch derives by all."""
-    return images.at[np.arange(images.shape[0])[:, None], places].set(values)
+    return images.at[count(images.shape[0])[:, None], places].set(values)
 
 
 @_put.defjvp
 def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     images, places, _ = primals
-    moved = jnp.zeros_like(images).at[np.arange(images.shape[0])[:, None], places].add(tangents[2])
+    moved = jnp.zeros_like(images).at[count(images.shape[0])[:, None], places].add(tangents[2])
     return _put(*primals), moved
 
 
 # -- resampling -----------------------------------------------------------------------------------------------
 
 
-def _scale(n: int, o: int, align_corners: bool, factor: float | None) -> float:
+def _scale(n: Any, o: Any, align_corners: bool, factor: float | None) -> Any:
     """How far one step in the output is in the input."""
     if align_corners:
+        if not are_numbers(n, o):
+            return _quotient(n - 1, jnp.maximum(jnp.asarray(o) - 1, 1))
         return (n - 1) / (o - 1) if o > 1 else 0.0
-    return 1.0 / factor if factor is not None and factor > 0 else n / o
+    if factor is not None and factor > 0:
+        return 1.0 / factor
+    return n / o if are_numbers(n, o) else _quotient(n, o)
 
 
-def _source(n: int, o: int, align_corners: bool, factor: float | None, cubic: bool = False) -> np.ndarray[Any, Any]:
+def _quotient(n: Any, o: Any) -> jax.Array:
+    return jnp.asarray(n, np.float32) / jnp.asarray(o, np.float32)
+
+
+def _source(n: Any, o: Any, align_corners: bool, factor: float | None, cubic: bool = False) -> Any:
     """Where each element of the output is in the input, in elements."""
-    scale, i = _scale(n, o, align_corners, factor), np.arange(o)
+    scale, i = _scale(n, o, align_corners, factor), count(o)
     if align_corners:
         return scale * i
     where = scale * (i + 0.5) - 0.5
-    return where if cubic else np.maximum(where, 0)
+    return where if cubic else where.clip(0)
 
 
-def _weighted(x: jax.Array, axis: int, weights: np.ndarray[Any, Any]) -> jax.Array:
+def _weighted(x: jax.Array, axis: int, weights: Any) -> jax.Array:
     """A product with a matrix `[outputs, inputs]` along an axis."""
     matrix = jnp.asarray(weights.T, x.dtype)
     moved = jnp.matmul(jnp.moveaxis(x, axis, -1), matrix, precision=lax.Precision.HIGHEST)
     return jnp.moveaxis(moved, -1, axis)
 
 
-def _matrix(
-    o: int, n: int, places: Sequence[np.ndarray[Any, Any]], weights: Sequence[np.ndarray[Any, Any]]
-) -> np.ndarray[Any, Any]:
+def _matrix(o: Any, n: Any, places: Sequence[Any], weights: Sequence[Any]) -> Any:
+    if not are_numbers(o, n):
+        table = jnp.zeros((o, n))
+        for where, weight in zip(places, weights, strict=True):
+            table = table.at[count(o), jnp.clip(where, 0, n - 1)].add(weight)
+        return table
     matrix = np.zeros((o, n))
     for where, weight in zip(places, weights, strict=True):
         np.add.at(matrix, (np.arange(o), np.clip(where, 0, n - 1)), weight)
     return matrix
 
 
-def _linear(n: int, o: int, align_corners: bool, factor: float | None) -> np.ndarray[Any, Any]:
+def _linear(n: Any, o: Any, align_corners: bool, factor: float | None) -> Any:
     where = _source(n, o, align_corners, factor)
-    low = np.minimum(np.floor(where).astype(int), n - 1)
-    part = np.clip(where - low, 0, 1)
-    return _matrix(o, n, (low, np.minimum(low + 1, n - 1)), (1 - part, part))
+    low = (where // 1).astype(int).clip(0, n - 1)
+    part = (where - low).clip(0, 1)
+    return _matrix(o, n, (low, (low + 1).clip(0, n - 1)), (1 - part, part))
 
 
-def _cubic(n: int, o: int, align_corners: bool, factor: float | None, a: float = -0.75) -> np.ndarray[Any, Any]:
+def _cubic(n: Any, o: Any, align_corners: bool, factor: float | None, a: float = -0.75) -> Any:
     where = _source(n, o, align_corners, factor, cubic=True)
-    low = np.floor(where).astype(int)
+    low = (where // 1).astype(int)
     t = where - low
     return _matrix(o, n, [low + k for k in (-1, 0, 1, 2)], cubic_weights(t, a))
 
@@ -387,9 +399,14 @@ def _nearest(exact: bool) -> Callable[..., jax.Array]:
         n = x.ndim - 2
         for axis, factor in zip(range(2, n + 2), scales or (None,) * n, strict=True):
             size, o = x.shape[axis], out.shape[axis]
-            scale = np.float32(1.0 / factor if factor is not None and factor > 0 else size / o)
-            where = (np.arange(o, dtype=np.float32) + (0.5 if exact else 0)) * scale
-            x = jnp.take(x, np.minimum(where.astype(np.int64), size - 1), axis=axis)
+            if are_numbers(size, o):
+                scale = np.float32(1.0 / factor if factor is not None and factor > 0 else size / o)
+                where = (np.arange(o, dtype=np.float32) + (0.5 if exact else 0)) * scale
+                x = jnp.take(x, np.minimum(where.astype(np.int64), size - 1), axis=axis)
+                continue
+            step = _scale(size, o, False, factor)
+            places = ((count(o) + (0.5 if exact else 0)) * step).astype(np.int32)
+            x = jnp.take(x, jnp.minimum(places, size - 1), axis=axis)
         return x
 
     return rule
@@ -435,7 +452,7 @@ def _sampled(x: jax.Array, places: Sequence[jax.Array]) -> jax.Array:
     for place, n in zip(places, sizes, strict=True):
         valid = valid & (place >= 0) & (place < n)
         index.append(jnp.clip(jnp.nan_to_num(place), 0, n - 1).astype(np.int32))
-    batch = np.arange(x.shape[0]).reshape(-1, *(1,) * (places[0].ndim - 1))
+    batch = count(x.shape[0]).reshape(-1, *(1,) * (places[0].ndim - 1))
     taken = jnp.moveaxis(x, 1, -1)[(batch, *index)]
     return jnp.where(valid[..., None], taken, 0)
 

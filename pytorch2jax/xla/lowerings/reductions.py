@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from pytorch2jax.xla._registry import Out, lowers
+from pytorch2jax.xla._sizes import are_numbers
 from pytorch2jax.xla.lowerings._promotion import category, precise
 from pytorch2jax.xla.lowerings._special import absolute, shared
 
@@ -161,12 +163,13 @@ def count_nonzero(x: jax.Array, dim: Any = None) -> jax.Array:
 def _variance(x: jax.Array, dim: Any, correction: float | None, keepdim: bool) -> tuple[jax.Array, jax.Array]:
     dims = axes(x, dim)
     wide = precise(x)
-    n = int(np.prod([x.shape[d] for d in (range(x.ndim) if dims is None else dims)], dtype=np.int64))
+    n = math.prod(x.shape[d] for d in (range(x.ndim) if dims is None else dims))
     middle = jnp.mean(wide, axis=dims, keepdims=True)
     squares = jnp.sum(jnp.abs(wide - middle) ** 2, axis=dims, keepdims=keepdim)
-    free = n - (1 if correction is None else correction)
+    lost = 1 if correction is None else correction
     middle = middle if keepdim else jnp.mean(wide, axis=dims)
-    return squares / jnp.asarray(max(free, 0), squares.dtype), middle
+    free = max(n - lost, 0) if are_numbers(n) else jnp.maximum(jnp.asarray(n, squares.dtype) - lost, 0)
+    return squares / jnp.asarray(free, squares.dtype), middle
 
 
 @lowers("aten.var.correction")

@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from pytorch2jax.xla._registry import Out, lowers
+from pytorch2jax.xla._sizes import slice_of
 from pytorch2jax.xla.lowerings._special import shared
 
 
@@ -52,7 +53,7 @@ def argsort(x: jax.Array, *, stable: bool = True, dim: int = -1, descending: boo
 def topk(x: jax.Array, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[jax.Array, jax.Array]:
     if x.ndim == 0:
         return x, jnp.zeros((), np.int32)
-    order = lax.slice_in_dim(_order(x, dim, largest), 0, k, axis=dim)
+    order = slice_of(_order(x, dim, largest), 0, k, dim % x.ndim)
     return jnp.take_along_axis(x, order, axis=dim), order
 
 

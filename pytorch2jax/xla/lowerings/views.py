@@ -6,6 +6,7 @@ Operators whose names end with `_copy` compute the same. A view for which there 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from jax import lax
 
 from pytorch2jax._dtypes import canonical_dtype_t2j
 from pytorch2jax.xla._registry import Out, lowers
+from pytorch2jax.xla._sizes import are_numbers, count, place, slice_of, with_slice
 
 
 @lowers(
@@ -134,11 +136,15 @@ def repeat(x: jax.Array, repeats: Sequence[int]) -> jax.Array:
 
 @lowers("aten.select.int", "aten.select_copy.int")
 def select(x: jax.Array, dim: int, index: int) -> jax.Array:
-    return lax.index_in_dim(x, index, dim, keepdims=False)
+    if are_numbers(x.shape[dim], index):
+        return lax.index_in_dim(x, index, dim, keepdims=False)
+    return jnp.squeeze(slice_of(x, place(x.shape[dim], index), 1, dim % x.ndim), dim)
 
 
 @lowers("aten.slice.Tensor", "aten.slice_copy.Tensor")
-def slice_(x: jax.Array, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> jax.Array:
+def slice_(x: jax.Array, dim: int = 0, start: Any = None, end: Any = None, step: int = 1, *, out: Out) -> jax.Array:
+    if not are_numbers(x.shape[dim], start, end):
+        return slice_of(x, start, out.shape[dim], dim % x.ndim, step)
     return x[_along(x.ndim, dim, _bounded(x.shape[dim], start, end, step))]
 
 
@@ -155,11 +161,16 @@ def _along(ndim: int, dim: int, where: Any) -> tuple[Any, ...]:
 
 @lowers("aten.narrow_copy.default")
 def narrow(x: jax.Array, dim: int, start: int, length: int) -> jax.Array:
-    return lax.slice_in_dim(x, start, start + length, axis=dim)
+    return slice_of(x, place(x.shape[dim], start), length, dim % x.ndim)
 
 
 @lowers("aten.diagonal.default", "aten.diagonal_copy.default")
-def diagonal(x: jax.Array, offset: int = 0, dim1: int = 0, dim2: int = 1) -> jax.Array:
+def diagonal(x: jax.Array, offset: int = 0, dim1: int = 0, dim2: int = 1, *, out: Out) -> jax.Array:
+    if not are_numbers(x.shape[dim1], x.shape[dim2]):
+        n = count(out.shape[-1])
+        return jnp.moveaxis(x, (dim1, dim2), (0, 1))[n + max(-offset, 0), n + max(offset, 0)].transpose(
+            (*range(1, x.ndim - 1), 0)
+        )
     return jnp.diagonal(x, offset, dim1, dim2)
 
 
@@ -179,18 +190,16 @@ def split_with_sizes(x: jax.Array, split_sizes: Sequence[int], dim: int = 0) -> 
 
 
 def _parts(x: jax.Array, sizes: Sequence[int], dim: int) -> tuple[jax.Array, ...]:
-    ends = np.cumsum(sizes)
-    return tuple(
-        lax.slice_in_dim(x, int(end) - size, int(end), axis=dim) for size, end in zip(sizes, ends, strict=True)
-    )
+    ends = itertools.accumulate(sizes)
+    return tuple(slice_of(x, end - size, size, dim % x.ndim) for size, end in zip(sizes, ends, strict=True))
 
 
 @lowers("aten.unfold.default", "aten.unfold_copy.default")
-def unfold(x: jax.Array, dimension: int, size: int, step: int) -> jax.Array:
+def unfold(x: jax.Array, dimension: int, size: int, step: int, *, out: Out) -> jax.Array:
     if x.ndim == 0:
         return x.reshape(1)[:size]
     dim = dimension % x.ndim
-    starts = np.arange(0, x.shape[dim] - size + 1, step)
+    starts = count(out.shape[dim]) * step
     windows = jnp.take(x, starts[:, None] + np.arange(size), axis=dim)
     return jnp.moveaxis(windows, dim + 1, -1)
 
@@ -202,11 +211,15 @@ def unfold(x: jax.Array, dimension: int, size: int, step: int) -> jax.Array:
 def slice_scatter(
     x: jax.Array, source: jax.Array, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
 ) -> jax.Array:
+    if not are_numbers(x.shape[dim], start, end):
+        return with_slice(x, source.astype(x.dtype), start, dim % x.ndim, step)
     return x.at[_along(x.ndim, dim, _bounded(x.shape[dim], start, end, step))].set(source.astype(x.dtype))
 
 
 @lowers("aten.select_scatter.default")
 def select_scatter(x: jax.Array, source: jax.Array, dim: int, index: int) -> jax.Array:
+    if not are_numbers(x.shape[dim], index):
+        return with_slice(x, jnp.expand_dims(source.astype(x.dtype), dim), index, dim % x.ndim)
     return x.at[_along(x.ndim, dim, index)].set(source.astype(x.dtype))
 
 
@@ -214,7 +227,7 @@ def select_scatter(x: jax.Array, source: jax.Array, dim: int, index: int) -> jax
 def diagonal_scatter(x: jax.Array, source: jax.Array, offset: int = 0, dim1: int = 0, dim2: int = 1) -> jax.Array:
     moved = jnp.moveaxis(x, (dim1, dim2), (-2, -1))
     n = source.shape[-1]
-    rows, columns = np.arange(n) + max(-offset, 0), np.arange(n) + max(offset, 0)
+    rows, columns = count(n) + max(-offset, 0), count(n) + max(offset, 0)
     return jnp.moveaxis(moved.at[..., rows, columns].set(source.astype(x.dtype)), (-2, -1), (dim1, dim2))
 
 
@@ -265,15 +278,16 @@ def replication_pad(x: jax.Array, pad: Sequence[int]) -> jax.Array:
 
 def _padded(x: jax.Array, pad: Sequence[int], mode: str) -> jax.Array:
     pairs = _pairs(pad, x.ndim)
-    if min(pad) >= 0:
+    known = are_numbers(*pad, *(x.shape[axis] for axis, pair in enumerate(pairs) if pair != (0, 0)))
+    if known and min(pad) >= 0:
         return jnp.pad(x, pairs, mode=mode)
     for axis, (low, high) in enumerate(pairs):  # negative padding cuts off
         n = x.shape[axis]
         if low or high:
-            where = np.arange(-low, n + high)
+            where = count(n + low + high) - low
             if mode == "reflect":
-                where = n - 1 - np.abs(n - 1 - np.abs(where))
-            x = jnp.take(x, np.clip(where, 0, n - 1), axis=axis)
+                where = n - 1 - abs(n - 1 - abs(where))
+            x = jnp.take(x, where.clip(0, n - 1), axis=axis)
     return x
 
 
