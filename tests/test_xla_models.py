@@ -12,7 +12,7 @@ from pytorch2jax import CaptureError
 
 pytestmark = [pytest.mark.usefixtures("x32"), pytest.mark.filterwarnings("ignore")]
 
-REFUSED = {"branches": "reads a value", "mixture of experts": "loops over the experts that were chosen"}
+REFUSED = {"branches": "reads a value"}
 DRAWS = {
     "dropout",
     "rrelu",
