@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -168,9 +169,22 @@ def softmax(x: jax.Array, dim: int, half_to_float: bool = False, *, out: Out) ->
 @lowers("aten._safe_softmax.default")
 def safe_softmax(x: jax.Array, dim: int, dtype: Any = None, *, out: Out) -> jax.Array:
     """The softmax; zeros where everything is masked."""
-    wide = precise(x.astype(out.dtype))
-    masked = jnp.all(wide == -jnp.inf, axis=dim, keepdims=True)
-    return jnp.where(masked, 0, jax.nn.softmax(jnp.where(masked, 0, wide), axis=dim))
+    return _safe_softmax(dim, precise(x.astype(out.dtype)))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _safe_softmax(axis: int, x: jax.Array) -> jax.Array:
+    largest = jnp.max(x, axis=axis, keepdims=True, initial=-jnp.inf)
+    powers = jnp.exp(x - jnp.where(largest == -jnp.inf, 0, largest))
+    total = jnp.sum(powers, axis=axis, keepdims=True)
+    return powers / jnp.where(total == 0, 1, total)
+
+
+@_safe_softmax.defjvp
+def _(axis: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (x,), (tangent,) = primals, tangents
+    y = _safe_softmax(axis, x)
+    return y, y * (tangent - jnp.sum(y * tangent, axis=axis, keepdims=True))
 
 
 @lowers("aten._log_softmax.default")
