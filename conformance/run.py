@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import queue
 import subprocess
@@ -151,9 +152,11 @@ def main() -> None:
         if options.missing:
             operators = [name for name in operators if name not in answers]
 
+        kept = itertools.count(1)
+
         def keep(name: str, answer: dict[str, Any]) -> None:
             answers[name] = answer
-            if len(answers) % _SAVED_EVERY == 0:
+            if next(kept) % _SAVED_EVERY == 0:
                 report.save(options.output, results)
 
         check_all(operators, options.samples, options.processes, keep)
