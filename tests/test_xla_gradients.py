@@ -250,6 +250,28 @@ def test_what_is_seen_inside_of_a_hand_written_gradient_stays_there():
     assert_same(jax.grad(lambda x: torch2jax(fn)(x).sum())(arrays([X])[0]), expected)
 
 
+def test_constants_of_a_hand_written_gradient():
+    table = torch.tensor([2.0, 3.0], dtype=torch.float64)
+
+    class Scales(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * torch.tensor([[5.0], [7.0], [11.0]], dtype=x.dtype) * table[1]
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * table[0] * torch.tensor(13.0, dtype=grad.dtype)
+
+    def fn(x):
+        return Scales.apply(x) * table[0]
+
+    x = X.clone().requires_grad_()
+    out = fn(x)
+    (expected,) = torch.autograd.grad(out.sum(), x)
+    assert_same(torch2jax(fn)(arrays([X])[0]), out)
+    assert_same(jax.grad(lambda x: torch2jax(fn)(x).sum())(arrays([X])[0]), expected)
+
+
 def test_a_tensor_that_gets_the_memory_of_another():
     def fn(x):
         y = x[0, :, :3].clone()

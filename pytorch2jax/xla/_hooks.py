@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.nn.modules import module as modules
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pytorch2jax._errors import CaptureError
+from pytorch2jax.xla._internals import has_backward_hooks
 
 HOOKS = frozenset({torch.Tensor.register_hook, torch.Tensor.register_post_accumulate_grad_hook})
 """Functions that register one on a tensor."""
@@ -30,11 +31,10 @@ def refusing_module_hooks(name: str) -> Iterator[None]:
     thread = threading.get_ident()
 
     def check(module: torch.nn.Module, inputs: Any) -> None:
-        everywhere = modules._global_backward_hooks or modules._global_backward_pre_hooks
-        if threading.get_ident() == thread and (module._backward_hooks or module._backward_pre_hooks or everywhere):
+        if threading.get_ident() == thread and has_backward_hooks(module):
             raise refused(name, type(module).__qualname__)
 
-    handle = modules.register_module_forward_pre_hook(check)
+    handle = register_module_forward_pre_hook(check)
     try:
         yield
     finally:

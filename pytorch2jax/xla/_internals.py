@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 from torch.autograd.function import _SingleLevelFunction
+from torch.nn.modules import module as modules
 from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = ["OpOverload"]
@@ -120,6 +121,12 @@ def variant_with_results(operator: OpOverload) -> OpOverload | None:
 def is_traced_by_others() -> bool:
     """Whether somebody else's mode below ours writes operators down, too: `make_fx`."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
+def has_backward_hooks(module: torch.nn.Module) -> bool:
+    """Whether somebody wants to be called in the backward pass of a module."""
+    everywhere = modules._global_backward_hooks or modules._global_backward_pre_hooks
+    return bool(module._backward_hooks or module._backward_pre_hooks or everywhere)
 
 
 def is_known(tensor: torch.Tensor) -> bool:

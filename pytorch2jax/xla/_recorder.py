@@ -126,7 +126,8 @@ class Recorder(TorchDispatchMode):
     def check_constants(self) -> None:
         """Raise if something was written to that is neither an argument nor made of them."""
         for key, tensor in self._foreign.items():
-            if self._storages[key].version:
+            # Some are seen in hand-written gradients only, which cannot write to them.
+            if key in self._storages and self._storages[key].version:
                 raise CaptureError(
                     f"{self.name}: wrote to a tensor that is no argument ({tensor.dtype}{list(tensor.shape)}), "
                     "expected a function of its arguments. Make it an argument or a buffer (`register_buffer`), or "
