@@ -58,6 +58,40 @@ def _views_of_detached(x):
     return y * x + y.detach()[0] * y.data.transpose(0, 1).select(1, 0)[0]
 
 
+def _chunks_of_data(x):
+    y = x.clone()
+    first, second = y.data.chunk(2, dim=1)
+    first.zero_()
+    return y * 2 + second.sum()
+
+
+def _detached_before_a_write(x):
+    y = x * 1
+    z = y.detach()
+    y.mul_(2)
+    return z * y
+
+
+def _detached_in_place(x):
+    y = x * 2
+    y.detach_()
+    return y * x
+
+
+def _exchanges_its_data(x):
+    y = x * 3
+    y.data[1] = y.data[0]
+    y.data = y.data * 2
+    return y * x
+
+
+def _normalises_under_no_grad(x):
+    y = x * 3
+    with torch.no_grad():
+        y.div_(y.norm(dim=1, keepdim=True))
+    return y * x
+
+
 def _asks(x):
     y = x if x.requires_grad else x.detach().requires_grad_()
     return y**2
@@ -75,6 +109,11 @@ def _jacobian(x):
         _writes_to_a_view_under_no_grad,
         _writes_to_data,
         _views_of_detached,
+        _chunks_of_data,
+        _detached_before_a_write,
+        _detached_in_place,
+        _exchanges_its_data,
+        _normalises_under_no_grad,
         _asks,
         _jacobian,
         lambda x: x * x.detach(),

@@ -12,7 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from pytorch2jax._errors import CaptureError, Pytorch2JaxError
-from pytorch2jax._internals import fake_tensor_mode
+from pytorch2jax._internals import fake_tensor_mode, is_functorch_active
 from pytorch2jax._torch_state import differentiable_kernels, forked_generators
 from pytorch2jax.xla._decompositions import DETACHING, FUNCTIONS, batch_norm_with_cumulative_average
 from pytorch2jax.xla._graph import Graph, pruned
@@ -76,9 +76,15 @@ class _Instead(TorchFunctionMode):
             raise refused(self._recorder.name, func.__name__)
         if func in LAYERS and not self._recorder.differentiates:
             return LAYERS[func](*args, **(kwargs or {}))
+        if func in _DETACHING_IN_PLACE and not is_functorch_active():
+            self._recorder.detach(args[0])  # which no operator does
+        if func == _SET_DATA and not is_functorch_active():
+            return self._recorder.exchange(*args)
         return _INSTEAD.get(func, func)(*args, **(kwargs or {}))
 
 
+_DETACHING_IN_PLACE = frozenset({torch.detach_, torch.Tensor.detach_})
+_SET_DATA = vars(torch._C.TensorBase)["data"].__set__
 _INSTEAD = {**DETACHING, **FUNCTIONS}
 
 

@@ -93,11 +93,6 @@ def _detached(x: torch.Tensor, *owner: Any) -> torch.Tensor:
         return x.detach()
 
 
-def _detached_in_place(x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return x.detach_()
-
-
 def _with_lengths(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`ctc_loss`: lengths in lists are read into memory, which fake tensors do not have."""
     args = tuple(_as_tensor(a) if i in (2, 3) else a for i, a in enumerate(args))
@@ -204,7 +199,6 @@ DETACHING: dict[Any, Callable[..., Any]] = {
     vars(torch._C.TensorBase)["data"].__get__: _detached,
     torch.detach: _detached,
     torch.Tensor.detach: _detached,
-    torch.Tensor.detach_: _detached_in_place,
 }
 """Functions that cut derivatives."""
 

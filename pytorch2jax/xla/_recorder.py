@@ -27,7 +27,7 @@ from pytorch2jax.xla._internals import (
     is_traced_by_others,
 )
 from pytorch2jax.xla._registry import rule_for
-from pytorch2jax.xla._storage import Geometry, Storage, geometry_of
+from pytorch2jax.xla._storage import Geometry, Storage, geometry_of, new_value
 
 
 class Recorder(TorchDispatchMode):
@@ -75,6 +75,8 @@ class Recorder(TorchDispatchMode):
             return known[0]
         if storage is None:
             return self._constant(tensor)
+        if id(tensor) in self._detached:
+            return self.detach(tensor)
         read = self.in_memory(tensor)
         self.note(tensor, read, storage)
         return read
@@ -197,16 +199,30 @@ class Recorder(TorchDispatchMode):
                     self.bind(result, var)
         if detaches:
             for result in results:
-                self._detach(result)
+                self.detach(result)
         return out
 
-    def _detach(self, view: torch.Tensor) -> None:
-        """Cut the derivatives of a view; what is in its memory keeps them."""
-        self._detached.add(id(view))
-        live = self.in_memory(view)
+    def detach(self, tensor: torch.Tensor) -> Var:
+        """Cut the derivatives of a tensor; what is in its memory keeps them, for others. Returns its value."""
+        if tensor.untyped_storage()._cdata not in self._storages:
+            self._constant(tensor)
+        self._detached.add(id(tensor))
+        live = self.in_memory(tensor)
         cut = Var(live.shape, live.dtype)
         self.equations.append(Equation(jax.lax.stop_gradient, (live,), {}, (cut,), False))
-        self.note(view, cut, self.storage_of(view))
+        self.note(tensor, cut, self.storage_of(tensor))
+        return cut
+
+    def exchange(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
+        """`tensor.data = value`: other memory, the same derivatives."""
+        old, new = self.var_of(tensor), self.var_of(value)
+        tensor.data = value
+        var = Var(new.shape, new.dtype)
+        if old.shape == new.shape:
+            self.equations.append(Equation(new_value, (new, old), {}, (var,), False))
+        else:
+            self.equations.append(Equation(jax.lax.stop_gradient, (new,), {}, (var,), False))
+        self.note(tensor, var, self.storage_of(tensor))
 
     def keeps_derivative(self, tensor: torch.Tensor) -> bool:
         """Whether a write through this tensor leaves the derivatives of its memory as they are."""
