@@ -22,6 +22,16 @@ def torch2jax(fn, **options):
 X = torch.linspace(-1.0, 2.0, 24, dtype=torch.float64).reshape(2, 3, 4)
 
 
+def check(fn):
+    """Same output and gradient as torch."""
+    x = X.clone().requires_grad_()
+    out = fn(x)
+    (expected,) = torch.autograd.grad(out.sum(), x)
+    f = torch2jax(fn)
+    assert_same(f(arrays([X])[0]), out)
+    assert_same(jax.grad(lambda x: f(x).sum())(arrays([X])[0]), expected)
+
+
 # -- what has no derivative -------------------------------------------------------------------------------------
 
 
@@ -122,12 +132,7 @@ def _jacobian(x):
     ],
 )
 def test_gradients_are_torchs(fn):
-    x = X.clone().requires_grad_()
-    out = fn(x)
-    (expected,) = torch.autograd.grad(out.sum(), x)
-    f = torch2jax(fn)
-    assert_same(f(arrays([X])[0]), out)
-    assert_same(jax.grad(lambda x: f(x).sum())(arrays([X])[0]), expected)
+    check(fn)
 
 
 class Twice(torch.autograd.Function):
@@ -260,11 +265,7 @@ def test_a_hand_written_gradient_of_constants_and_one_inside_of_another():
     def fn(x):
         return RoundTwice.apply(F.linear(x, Round.apply(3 * weight))).sin()
 
-    x = X.clone().requires_grad_()
-    out = fn(x)
-    assert_same(torch2jax(fn)(arrays([X])[0]), out)
-    (expected,) = torch.autograd.grad(out.sum(), x)
-    assert_same(jax.grad(lambda x: torch2jax(fn)(x).sum())(arrays([X])[0]), expected)
+    check(fn)
 
 
 def test_what_is_seen_inside_of_a_hand_written_gradient_stays_there():
@@ -282,11 +283,7 @@ def test_what_is_seen_inside_of_a_hand_written_gradient_stays_there():
     def fn(x):
         return First.apply(x) + x[0].t().t() * x[0]
 
-    x = X.clone().requires_grad_()
-    out = fn(x)
-    (expected,) = torch.autograd.grad(out.sum(), x)
-    assert_same(torch2jax(fn)(arrays([X])[0]), out)
-    assert_same(jax.grad(lambda x: torch2jax(fn)(x).sum())(arrays([X])[0]), expected)
+    check(fn)
 
 
 def test_constants_of_a_hand_written_gradient():
@@ -304,11 +301,7 @@ def test_constants_of_a_hand_written_gradient():
     def fn(x):
         return Scales.apply(x) * table[0]
 
-    x = X.clone().requires_grad_()
-    out = fn(x)
-    (expected,) = torch.autograd.grad(out.sum(), x)
-    assert_same(torch2jax(fn)(arrays([X])[0]), out)
-    assert_same(jax.grad(lambda x: torch2jax(fn)(x).sum())(arrays([X])[0]), expected)
+    check(fn)
 
 
 def test_a_tensor_that_gets_the_memory_of_another():
