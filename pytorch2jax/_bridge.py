@@ -28,10 +28,9 @@ from pytorch2jax._ffi import lower_host_call
 from pytorch2jax._internals import (
     ExecutionContext,
     buffer_callback,
-    current_trace,
     set_grad_enabled,
-    set_trace,
     tensor_from_capsule,
+    tracing_with,
 )
 from pytorch2jax._nesting import refusal, refusing_jax
 from pytorch2jax._program import Program
@@ -81,32 +80,30 @@ class _HostCall:
     def __call__(self, inputs: Sequence[int], outputs: Sequence[int]) -> None:
         program = self._program
         recording = torch.is_grad_enabled()
-        trace = current_trace()
-        set_trace(self._refusal)
-        try:
-            if torch.is_inference_mode_enabled():
-                with torch.inference_mode(False):
-                    return self(inputs, outputs)
-            if recording:
-                set_grad_enabled(False)
-            tensors = [*map(operator.getitem, self._inputs, inputs)]
-            if not self._shares_tensors:
-                tensors = [t.detach() for t in tensors]
-            program.deliver(tensors, HostBuffers(outputs, self._outputs))
-            if self._first:
-                self._first = False
-                self._look_for_attributes(tensors)
-        except BaseException as error:
-            program.abandon()
-            for views in self._inputs:  # somebody may have written to one
-                views.clear()
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            raise RuntimeError(_report(program, error)) from None
-        finally:
-            set_trace(trace)
-            if recording:
-                set_grad_enabled(True)
+        with tracing_with(self._refusal):
+            try:
+                if torch.is_inference_mode_enabled():
+                    with torch.inference_mode(False):
+                        return self(inputs, outputs)
+                if recording:
+                    set_grad_enabled(False)
+                tensors = [*map(operator.getitem, self._inputs, inputs)]
+                if not self._shares_tensors:
+                    tensors = [t.detach() for t in tensors]
+                program.deliver(tensors, HostBuffers(outputs, self._outputs))
+                if self._first:
+                    self._first = False
+                    self._look_for_attributes(tensors)
+            except BaseException as error:
+                program.abandon()
+                for views in self._inputs:  # somebody may have written to one
+                    views.clear()
+                if isinstance(error, KeyboardInterrupt):
+                    raise
+                raise RuntimeError(_report(program, error)) from None
+            finally:
+                if recording:
+                    set_grad_enabled(True)
 
     def blank(self, outputs: Sequence[int]) -> None:
         """Fill the outputs with what ends most loops: NaN, with which no number compares, large integers, and false."""

@@ -1,7 +1,7 @@
 """The one place that knows private or version-dependent names of jax and torch.
 
-Everything else in the package imports only documented names of the two frameworks. Tested with
-jax 0.10.2 and torch 2.13.0; written for jax 0.11 and torch 2.11 as well.
+Everything else in the package imports only documented names of the two frameworks. `make versions` tests the lowest
+and the newest versions that `pyproject.toml` allows.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import logging
 import sys
 import threading
 import types
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -24,18 +25,16 @@ import jax.extend.core
 import numpy as np
 import torch
 import torch.utils._pytree as torch_pytree
-from jax._src import core, dispatch, effects, util, xla_bridge
+from jax._src import dispatch, effects, util, xla_bridge
 from jax._src.array import ArrayImpl as _ArrayImpl
 from jax._src.core import trace_state_clean
-from jax._src.custom_partitioning_sharding_rule import SdyShardingRule as ShardingRule
-from jax._src.export.shape_poly import BoundsPrecision, InconclusiveDimensionOperation, _bounds_decision, _DimExpr
-from jax._src.interpreters import partial_eval as pe
 from jax._src.lib import _jax
 from jax._src.sharding_impls import ShardingContext, parse_flatten_op_sharding
 from jax.experimental import io_callback
 from jax.experimental.buffer_callback import ExecutionContext, buffer_callback
+from jax.experimental.custom_partitioning import SdyShardingRule as ShardingRule
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching, mlir, partial_eval
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from torch._ops import HigherOrderOperator
 from torch.autograd.graph import GradientEdge
@@ -81,20 +80,21 @@ __all__ = [
     "is_functorch_active",
     "is_held_elsewhere",
     "is_python_thread",
+    "is_symbolic",
     "is_torch_node",
     "is_turning_grad_off",
     "is_under_dual_level",
     "jit_disabled",
     "keeps_graph",
+    "load_forward_mode",
     "lower_with_devices",
     "mlir",
     "n_partitions",
     "output_aval",
-    "pe",
+    "register_dead_code_rule",
     "run_backward",
     "set_grad_enabled",
     "set_library_kernels",
-    "set_trace",
     "set_vmap_fallback",
     "storage_address",
     "storage_users",
@@ -103,6 +103,7 @@ __all__ = [
     "torch_node_type",
     "torch_pytree",
     "trace_state_clean",
+    "tracing_with",
     "uncommitted",
     "unflatten_torch_node",
     "unwrap_if_dead",
@@ -137,7 +138,10 @@ def uncommitted(array: jax.Array) -> jax.Array:
     return _ArrayImpl(array.aval, array.sharding, arrays, committed=False, _skip_checks=True)
 
 
-class DrawsFromTorch(jax.extend.core.Effect):
+_Effect: Any = getattr(jax.extend.core, "Effect", effects.Effect)  # public since jax 0.10
+
+
+class DrawsFromTorch(_Effect):  # type: ignore[misc]
     """The effect of drawing from torch's global generator; its text is part of JAX's error messages.
 
     `jax.checkpoint` refuses it, rightly: it would draw other numbers when it runs the forward again.
@@ -261,13 +265,32 @@ def symbols_of(sizes: Iterable[Any]) -> dict[str, Any]:
 
 def bounds_of(symbol: Any) -> tuple[int, float]:
     """The smallest and the largest value of a symbol, as its constraints say."""
-    low, high = _bounds_decision(symbol, BoundsPrecision.BEST)
+    low, high = _bounds(symbol)
     return int(low), high
 
 
-def is_symbolic(size: Any) -> bool:
-    """Whether a size, or another number in a program with symbolic sizes, is a formula."""
-    return isinstance(size, _DimExpr)
+def _bounds(symbol: Any) -> tuple[float, float]:
+    if hasattr(jax.export, "symbolic_dim_bounds"):  # since jax 0.12
+        bounds: tuple[float, float] = jax.export.symbolic_dim_bounds(symbol)
+        return bounds
+    from jax._src.export.shape_poly import BoundsPrecision, _bounds_decision
+
+    return _bounds_decision(symbol, BoundsPrecision.BEST)
+
+
+def _inconclusive_dimension_operation() -> type[Exception]:
+    if hasattr(jax.errors, "InconclusiveDimensionOperation"):  # since jax 0.10
+        public: type[Exception] = jax.errors.InconclusiveDimensionOperation
+        return public
+    from jax._src.core import InconclusiveDimensionOperation
+
+    return InconclusiveDimensionOperation
+
+
+InconclusiveDimensionOperation = _inconclusive_dimension_operation()
+
+
+is_symbolic: Callable[[Any], bool] = jax.export.is_symbolic_dim
 
 
 def size_at(size: Any, symbols: Mapping[str, int]) -> int:
@@ -285,7 +308,22 @@ def lower_with_devices(primitive: Any) -> None:
     dispatch.prim_requires_devices_during_lowering.add(primitive)
 
 
-class RefusingTrace(core.Trace):
+def register_dead_code_rule(primitive: Any, rule: Callable[[Sequence[bool], Any], tuple[list[bool], Any]]) -> None:
+    """Tell JAX what a primitive can do without where some of its outputs are not used.
+
+    Args:
+        primitive: the primitive.
+        rule: takes which outputs are used and the equation; returns which inputs are used and the equation that is
+            left, or None for none. It is called for equations without references among their inputs.
+    """
+
+    def in_jax(used_outputs: Sequence[bool], *rest: Any) -> tuple[list[bool], Any]:
+        return rule(used_outputs, rest[-1])  # since jax 0.12, the liveness of references comes before the equation
+
+    partial_eval.dce_rules[primitive] = in_jax
+
+
+class RefusingTrace(jax.core.Trace):
     """While it is JAX's current trace in a thread, no operation of JAX runs there.
 
     Args:
@@ -307,12 +345,21 @@ class RefusingTrace(core.Trace):
         return val
 
 
-set_trace: Callable[[Any], None] = core.trace_ctx.set_trace
+def _trace_context() -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+    if hasattr(jax.extend.core, "take_current_trace"):  # since jax 0.10
+        return jax.extend.core.take_current_trace, jax.extend.core.set_current_trace
+    from jax._src.core import set_current_trace, take_current_trace
+
+    return take_current_trace, set_current_trace
+
+
+_take_current_trace, tracing_with = _trace_context()
 
 
 def current_trace() -> Any:
     """What JAX does with operations in this thread at present."""
-    return core.trace_ctx.trace
+    with _take_current_trace() as trace:
+        return trace
 
 
 def x64_enabled() -> bool:
@@ -366,6 +413,14 @@ def flat_vmap(
 def _load_decompositions() -> None:
     """What `torch.vmap` loads at its first call, by a first call."""
     torch.vmap(torch.sin)(torch.zeros(1))
+
+
+@functools.cache
+def load_forward_mode() -> None:
+    """What torch loads at its first call of forward mode, without its warnings that torch itself uses TorchScript."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.jit.script.*is deprecated")
+        import torch._decomp.decompositions_for_jvp  # noqa: F401
 
 
 def run_backward(outputs: Any, cotangents: Any, inputs: Any) -> tuple[torch.Tensor | None, ...]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 from pytorch2jax._errors import NestingError
-from pytorch2jax._internals import RefusingTrace, current_trace, set_trace
+from pytorch2jax._internals import RefusingTrace, current_trace, tracing_with
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -32,15 +32,10 @@ def _error(name: str, operation: str) -> NestingError:
     )
 
 
-@contextlib.contextmanager
-def refusing_jax(trace: RefusingTrace) -> Iterator[None]:
+def refusing_jax(trace: RefusingTrace) -> contextlib.AbstractContextManager[None]:
     """Around a torch function that JAX runs: operations of JAX raise `NestingError` in this thread."""
-    before = current_trace()
-    set_trace(trace)
-    try:
-        yield
-    finally:
-        set_trace(before)
+    context: contextlib.AbstractContextManager[None] = tracing_with(trace)
+    return context
 
 
 def without_jax(name: str, fn: Callable[_P, _R]) -> Callable[_P, _R]:

@@ -40,7 +40,7 @@ from pytorch2jax._internals import (
     mlir,
     n_partitions,
     output_aval,
-    pe,
+    register_dead_code_rule,
     trace_state_clean,
     vary_together,
 )
@@ -284,7 +284,7 @@ batching.primitive_batchers[torch_call_p] = _batch
 # -- dead code ------------------------------------------------------------------------------------------
 
 
-def _drop_unused(used_outputs: list[bool], eqn: Any) -> tuple[list[bool], Any]:
+def _drop_unused(used_outputs: Sequence[bool], eqn: Any) -> tuple[list[bool], Any]:
     """Without a backward pass, as in the forward pass of `jax.checkpoint`, there is nothing to keep a graph for."""
     program = eqn.params["program"]
     if program.draws_from_torch:
@@ -296,4 +296,4 @@ def _drop_unused(used_outputs: list[bool], eqn: Any) -> tuple[list[bool], Any]:
     return [True] * len(eqn.invars), eqn
 
 
-pe.dce_rules[torch_call_p] = _drop_unused
+register_dead_code_rule(torch_call_p, _drop_unused)

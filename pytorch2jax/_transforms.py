@@ -25,7 +25,7 @@ from pytorch2jax._composite import CompositeScatter
 from pytorch2jax._dtypes import dtype_j2t, is_inexact
 from pytorch2jax._errors import OutputMismatchError, UnsupportedTransformError
 from pytorch2jax._inference import Spec
-from pytorch2jax._internals import GradientEdge, flat_vmap, run_backward
+from pytorch2jax._internals import GradientEdge, flat_vmap, load_forward_mode, run_backward
 from pytorch2jax._program import Around, Batching, Program, RootProgram, Style, Tensors
 from pytorch2jax._torch_state import vmap_fallback
 
@@ -132,6 +132,7 @@ class Jvp(Derived):
         if style.forward_mode and not around.differentiated:
             call = _restricted(self.base, primals, self.active, self.outputs, style, _INSIDE)
             inputs = tuple(primals[i] for i in self.active)
+            load_forward_mode()
             with _FORWARD_MODE, torch.enable_grad():
                 return tuple(torch.func.jvp(call, inputs, tuple(tangents))[1])
         if around.functional:

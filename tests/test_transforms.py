@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 
 import jax
@@ -187,3 +189,26 @@ def test_a_loop_is_said_once(case):
         jax.vmap(jax_fn)(*stacked(xs, 2))
     loops = [w for w in record if issubclass(w.category, LoopWarning)]
     assert len(loops) == row.loops
+
+
+_FORWARD_MODE_FIRST = """
+import subprocess
+import sys
+import warnings
+import jax, jax.numpy as jnp, torch
+import pytorch2jax
+warnings.simplefilter("error")
+f = pytorch2jax.torch2jax(torch.sin)
+out = jax.jvp(f, (jnp.zeros(2),), (jnp.ones(2),))[1]
+assert out.tolist() == [1.0, 1.0], out
+print(jax.jit(jax.hessian(lambda x: f(x).sum()))(jnp.zeros(2)).tolist())
+"""
+
+
+def test_the_first_use_of_forward_mode_warns_of_nothing():
+    """Torch loads TorchScript then, and warns everybody that it is deprecated; here warnings are errors."""
+    done = subprocess.run(
+        [sys.executable, "-c", _FORWARD_MODE_FIRST], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[0] in ("[[0.0, 0.0], [0.0, 0.0]]", "[[-0.0, -0.0], [-0.0, -0.0]]"), done.stdout

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +29,8 @@ def check(fn):
     """Same output and gradient as torch."""
     x = X.clone().requires_grad_()
     out = fn(x)
-    (expected,) = torch.autograd.grad(out.sum(), x)
+    out.sum().backward()
+    expected = x.grad
     f = torch2jax(fn)
     assert_same(f(arrays([X])[0]), out)
     assert_same(jax.grad(lambda x: f(x).sum())(arrays([X])[0]), expected)
@@ -176,6 +180,111 @@ def test_hand_written_gradients():
     assert_same(jax.jit(gradient)(a), expected)
     assert_same(jax.vmap(gradient)(a), expected)
     assert_same(jax.jit(jax.grad(lambda x: (jax.checkpoint(f)(x) ** 2).sum()))(a), expected)
+
+
+class Cube(torch.autograd.Function):
+    """`x ** n` with twice its gradient, in the style of `setup_context`."""
+
+    @staticmethod
+    def forward(x, n=3):
+        return x**n
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, ctx.n = inputs
+        ctx.mark_non_differentiable()
+        ctx.save_for_backward(x, x * 2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, double = ctx.saved_tensors
+        return grad * ctx.n * double * x ** (ctx.n - 2), None
+
+
+cube, clips = Cube.apply, Clips.apply  # as most people call them
+
+
+def _defined_inside(x):
+    class Inside(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return -5 * grad
+
+    return Inside.apply(x) * x
+
+
+class Reverses(torch.autograd.Function):
+    """What a domain-adversarial network is made of: the input itself, with another gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return -grad
+
+
+def _in_a_checkpoint(x):
+    return torch.utils.checkpoint.checkpoint(lambda y: cube(y) * y, x, use_reentrant=True)
+
+
+def _without_gradients(x):
+    with torch.no_grad():
+        scale = Reverses.apply(x.abs()).max()
+    return x * scale + Reverses.apply(torch.arange(4))
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: cube(x) + clips(x),
+        lambda x: cube(x, n=4),
+        lambda x: Cube.apply(x, 2),
+        lambda x: torch._C._FunctionBase.__dict__["apply"].__get__(None, Cube)(x, 3),
+        lambda x: Reverses.apply(x) * x,
+        _defined_inside,
+        _in_a_checkpoint,
+        _without_gradients,
+    ],
+)
+def test_hand_written_gradients_are_seen_however_they_are_called(fn):
+    check(fn)
+
+
+def test_hand_written_gradients_in_threads_of_their_own():
+    """While one thread captures, another one's calls are torch's own."""
+    seen = []
+
+    def fn(x):
+        def other():
+            y = torch.ones(3, requires_grad=True)
+            cube(y).sum().backward()
+            seen.append(y.grad)
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        return cube(x)
+
+    check(fn)
+    assert seen
+    assert all(torch.equal(gradient, torch.full((3,), 6.0)) for gradient in seen)
+    assert "__getattribute__" not in vars(type(Cube))  # torch is as it was
+
+
+@pytest.mark.parametrize("fn", [lambda x: cube(x), lambda x: 2 * Reverses.apply(x), _defined_inside])
+def test_a_hand_written_gradient_that_goes_unseen_is_an_error(fn, monkeypatch):
+    """As with a version of torch that goes around the hook: never a gradient of zero."""
+    monkeypatch.setattr("pytorch2jax.xla._capture.custom_functions", lambda hook: contextlib.nullcontext())
+    with pytest.raises(CaptureError, match="unseen"):
+        torch2jax(fn)(arrays([X])[0])
+    unused = torch2jax(lambda x: (fn(x), x.sin())[1])
+    assert_same(unused(arrays([X])[0]), X.sin())
 
 
 def test_linear_backward_passes_have_forward_mode_and_higher_orders():

@@ -57,11 +57,13 @@ def capture(
                     outputs = call(tensors)
                     results = tuple(recorder.var_of(t) for t in outputs)
                 recorder.check_constants()
+                equations = pruned(recorder.equations, results)
+                recorder.check_functions(equations)
             except Pytorch2JaxError:
                 raise
             except Exception as error:
                 raise _not_captured(name, error) from error
-    return Graph(tuple(taken), recorder.constants, pruned(recorder.equations, results), results)
+    return Graph(tuple(taken), recorder.constants, equations, results)
 
 
 class _Instead(TorchFunctionMode):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,20 +11,24 @@ from pytorch2jax._errors import CaptureError
 from pytorch2jax._internals import is_fake
 from pytorch2jax.xla._custom import CustomGradient
 from pytorch2jax.xla._graph import Equation, Var
+from pytorch2jax.xla._internals import FunctionCall
 
 if TYPE_CHECKING:
     from pytorch2jax.xla._recorder import Recorder
 
 
-def record_function(recorder: Recorder, apply: Callable[..., Any], cls: Any, *args: Any, **kwargs: Any) -> Any:
-    """Write down a call of `cls.apply(*args)`: its forward and its backward, which are captured both."""
+def record_function(recorder: Recorder, call: FunctionCall) -> Any:
+    """Write down a call of a `torch.autograd.Function`: its forward and its backward, which are captured both."""
+    cls, args = call.cls, call.args
     if cls.__module__ == "torch.utils.checkpoint":
         run, _, *rest = args
         return run(*rest)
     where = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
     active = [i for i in where if args[i].is_floating_point() or args[i].is_complex()]
-    if not active or recorder.cuts() or recorder.is_hand_written:
-        return apply(*args, **kwargs)
+    if recorder.is_hand_written:
+        return call.forward()
+    if not active or recorder.cuts():
+        return _without_gradient(recorder, call)
     if recorder.differentiates and any(args[i].requires_grad for i in active):
         raise CaptureError(
             f"{recorder.name}: {cls.__qualname__}: a torch.autograd.Function in a function that takes derivatives "
@@ -33,7 +37,7 @@ def record_function(recorder: Recorder, apply: Callable[..., Any], cls: Any, *ar
     given = [recorder.var_of(args[i]) for i in where]
     first_draw = recorder.n_draws
     with recorder.hand_written():
-        function, out = _captured(recorder, apply, cls, args, kwargs, where, active)
+        function, out = _captured(recorder, call, where, active)
     several = isinstance(out, (tuple, list))
     results = [recorder.anew(o) if isinstance(o, torch.Tensor) else o for o in (out if several else (out,))]
     made = [r for r in results if isinstance(r, torch.Tensor)]
@@ -46,16 +50,26 @@ def record_function(recorder: Recorder, apply: Callable[..., Any], cls: Any, *ar
     return tuple(results) if several else results[0]
 
 
+def _without_gradient(recorder: Recorder, call: FunctionCall) -> Any:
+    """What `forward` returns. If that is an argument, `apply` makes a view of it, unseen: it gets one of ours."""
+    tensors = [a for a in call.args if isinstance(a, torch.Tensor)]
+    for tensor in tensors:
+        recorder.var_of(tensor)
+    before = [recorder.storage_of(t).version for t in tensors]
+    out = call.forward()
+    same = [t for t, version in zip(tensors, before, strict=True) if recorder.storage_of(t).version == version]
+
+    def own(value: Any) -> Any:
+        return value.view_as(value) if any(value is t for t in same) else value
+
+    return type(out)(map(own, out)) if type(out) in (tuple, list) else own(out)
+
+
 def _captured(
-    recorder: Recorder,
-    apply: Callable[..., Any],
-    cls: Any,
-    args: Any,
-    kwargs: Any,
-    where: list[int],
-    active: list[int],
+    recorder: Recorder, call: FunctionCall, where: list[int], active: list[int]
 ) -> tuple[CustomGradient, Any]:
     """The function as one of arrays, and what it returned."""
+    cls, args = call.cls, call.args
     inner = list(args)
     primals: list[Var] = []
     for i in where:
@@ -69,7 +83,7 @@ def _captured(
     leaves = [inner[i].requires_grad_() for i in active]
     try:
         try:
-            out = apply(*inner, **kwargs)
+            out = call.apply(*inner)
         except RuntimeError as error:
             if "leaf Variable that requires grad" not in str(error):
                 raise

@@ -6,15 +6,17 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._ops import OpOverload
-from torch.autograd.function import _SingleLevelFunction
+from torch.autograd.function import FunctionMeta, _SingleLevelFunction
 from torch.nn.modules import module as modules
 from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = ["OpOverload"]
+
+is_forward_grad_enabled: Callable[[], bool] = torch._C._is_fwd_grad_enabled
 
 aten = torch.ops.aten
 
@@ -134,28 +136,104 @@ def is_known(tensor: torch.Tensor) -> bool:
     return getattr(tensor, "constant", None) is not None
 
 
+class FunctionCall(NamedTuple):
+    """A call `cls.apply(*args, **kwargs)` of a `torch.autograd.Function`.
+
+    args, kwargs: as the author's `forward` gets them, without the context.
+    forward: calls the author's `forward`, as `apply` was about to do.
+    """
+
+    cls: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    forward: Callable[[], Any]
+
+    def apply(self, *args: Any) -> Any:
+        """Torch's own `apply` of the class, with other arguments."""
+        return torch._C._FunctionBase.__dict__["apply"].__get__(None, self.cls)(*args, **self.kwargs)
+
+
+class _Hooks(threading.local):
+    """In each thread: who wants to see calls of `torch.autograd.Function`, and the grad modes of those under way."""
+
+    def __init__(self) -> None:
+        self.hook: Callable[[FunctionCall], Any] | None = None
+        self.calls: list[tuple[Any, bool]] = []
+
+
+_HOOKS = _Hooks()
 _PATCH = threading.Lock()
+_patches = 0  # how many threads are inside of `custom_functions`
 
 
 @contextlib.contextmanager
-def custom_functions(call: Callable[..., Any]) -> Iterator[None]:
-    """`torch.autograd.Function`: in this thread, `F.apply(*args)` is `call(apply, F, *args)`, with the real `apply`.
+def custom_functions(hook: Callable[[FunctionCall], Any]) -> Iterator[None]:
+    """In this thread, `hook(call)` runs in the place of `forward` of each `torch.autograd.Function`.
 
-    `Function.apply` itself may have been taken from its class before (`cube = Cube.apply`). It calls that of its base
-    class, which inherits it, and gets one of its own here.
+    `apply` itself may have been taken from its class before (`cube = Cube.apply`), and since torch 2.14 it is written
+    in C++. But in all versions it asks the class for what it needs: for `_backward_cls` as soon as it is called, and
+    for `forward` when it has turned grad mode off. The hook runs in the grad mode of the caller.
     """
-    thread = threading.get_ident()
-
-    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        real = super(_SingleLevelFunction, cls).apply  # type: ignore[misc]
-        return call(real, cls, *args, **kwargs) if threading.get_ident() == thread else real(*args, **kwargs)
-
+    global _patches
+    before = _HOOKS.hook, _HOOKS.calls
     with _PATCH:
-        _SingleLevelFunction.apply = classmethod(apply)  # type: ignore[attr-defined]
-        try:
-            yield
-        finally:
-            del _SingleLevelFunction.apply  # type: ignore[attr-defined]
+        _patches += 1
+        if _patches == 1:
+            FunctionMeta.__getattribute__ = _attribute  # type: ignore[method-assign]
+    _HOOKS.hook, _HOOKS.calls = hook, []
+    try:
+        yield
+    finally:
+        _HOOKS.hook, _HOOKS.calls = before
+        with _PATCH:
+            _patches -= 1
+            if _patches == 0:
+                del FunctionMeta.__getattribute__
+
+
+def _attribute(cls: Any, name: str) -> Any:
+    """`getattr(cls, name)` for a `torch.autograd.Function`, while somebody wants to see the calls of these."""
+    value = type.__getattribute__(cls, name)
+    hook, calls = _HOOKS.hook, _HOOKS.calls
+    if hook is None:
+        return value
+    if name == "_backward_cls":
+        calls.append((cls, torch.is_grad_enabled()))
+    elif name == "forward" and calls and calls[-1][0] is cls and not torch.is_grad_enabled():
+        return functools.partial(_forward, hook, cls, value, calls.pop()[1])
+    return value
+
+
+def _forward(
+    hook: Callable[[FunctionCall], Any], cls: Any, forward: Callable[..., Any], grad: bool, *given: Any, **kwargs: Any
+) -> Any:
+    has_context = type.__getattribute__(cls, "setup_context") is _SingleLevelFunction.setup_context
+
+    def as_it_is() -> Any:
+        with torch.no_grad():
+            return forward(*given, **kwargs)
+
+    call = FunctionCall(cls, given[1:] if has_context else given, kwargs, as_it_is)
+    with torch.set_grad_enabled(grad), _forward_grad():
+        return hook(call)
+
+
+@contextlib.contextmanager
+def _forward_grad() -> Iterator[None]:
+    before = is_forward_grad_enabled()
+    torch._C._set_fwd_grad_enabled(True)
+    try:
+        yield
+    finally:
+        torch._C._set_fwd_grad_enabled(before)
+
+
+def is_inside_unseen_function() -> bool:
+    """Whether the `forward` of a `torch.autograd.Function` runs here that no hook of `custom_functions` has seen.
+
+    Nothing else turns off grad mode and forward mode at once, but for `torch.inference_mode`.
+    """
+    return not (torch.is_grad_enabled() or is_forward_grad_enabled() or torch.is_inference_mode_enabled())
 
 
 _PATCH_OF_BATCH_NORM = threading.Lock()

@@ -7,7 +7,7 @@ have one. What remains is left to the bridge.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ from pytorch2jax.xla._internals import (
     OpOverload,
     aten,
     decomposition,
+    is_inside_unseen_function,
     is_traced_by_others,
 )
 from pytorch2jax.xla._registry import rule_for
@@ -55,6 +56,7 @@ class Recorder(TorchDispatchMode):
         self._asleep = False
         self._foreign: dict[int, torch.Tensor] = {}
         self._alive: list[torch.Tensor] = []  # so that nothing gets the address of something else
+        self._unseen: set[Var] = set()  # made inside of hand-written gradients that nobody has told us of
         self.n_draws = 0
         self._apart: list[OpOverload] = []  # what is taken apart now: some operators have nothing but themselves inside
 
@@ -136,6 +138,16 @@ class Recorder(TorchDispatchMode):
                     'use `backend="torch"`.'
                 )
 
+    def check_functions(self, equations: Sequence[Equation]) -> None:
+        """Raise if one of these is part of a hand-written gradient, whose backward pass has not been written down."""
+        inexact = (var for e in equations for var in e.outputs if var is not None and var.dtype in _INEXACT)
+        if not self._unseen.isdisjoint(inexact):
+            raise CaptureError(
+                f"{self.name}: expected to see each call of a torch.autograd.Function, got one that went unseen, so "
+                "that its gradient would be zero. Please report it, with the version of torch "
+                f'({torch.__version__}); `backend="torch"` runs the function as it is.'
+            )
+
     # -- operators ---------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -192,6 +204,8 @@ class Recorder(TorchDispatchMode):
         else:
             outputs = tuple(Var(r.shape, r.dtype) if isinstance(r, torch.Tensor) else None for r in results)
             cut = self.cuts() and not detaches
+            if cut and is_inside_unseen_function():
+                self._unseen.update(var for var in outputs if var is not None)
             equation = Equation(func, tuple(given), named, outputs, several, cut, self.draw_of(func))
             self.equations.append(equation if rule_for(func) else bridged(equation))
             for result, var in zip(results, outputs, strict=True):
@@ -209,6 +223,8 @@ class Recorder(TorchDispatchMode):
         self._detached.add(id(tensor))
         live = self.in_memory(tensor)
         cut = Var(live.shape, live.dtype)
+        if self.cuts() and is_inside_unseen_function():
+            self._unseen.add(cut)
         self.equations.append(Equation(jax.lax.stop_gradient, (live,), {}, (cut,), False))
         self.note(tensor, cut, self.storage_of(tensor))
         return cut
@@ -280,6 +296,11 @@ class Recorder(TorchDispatchMode):
     def cuts(self) -> bool:
         """Whether no derivative goes through what runs now. Hand-written gradients run with grad mode off."""
         return not torch.is_grad_enabled() and self._depth == 0
+
+
+_INEXACT = frozenset(
+    d for d in vars(torch).values() if isinstance(d, torch.dtype) and (d.is_floating_point or d.is_complex)
+)
 
 
 def _computes(func: OpOverload) -> bool:
