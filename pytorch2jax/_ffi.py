@@ -11,7 +11,7 @@ import atexit
 import contextlib
 import ctypes
 import functools
-import itertools
+import secrets
 import struct
 import threading
 import time
@@ -23,6 +23,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pytorch2jax._errors import ExportError
 from pytorch2jax._internals import begins_without_signals, interrupt_when_back, is_python_thread, threads_running
 
 HostFunction = Callable[[Sequence[int], Sequence[int]], None]
@@ -90,14 +91,17 @@ def _describe(extension: int) -> None:
 
 
 _functions: dict[int, tuple[HostFunction, Blank]] = {}
-_numbers = itertools.count(1)
 
 
 class _Lease:
-    """Keeps a function for the handler to find; held by the executables that call it."""
+    """Keeps a function for the handler to find; held by the executables that call it.
+
+    Its number is part of the program, and JAX (since 0.11.2) writes programs to its persistent cache. So no two numbers
+    are the same in any two processes, also if one is a fork of the other: 63 random bits from the operating system.
+    """
 
     def __init__(self, function: HostFunction, blank: Blank) -> None:
-        self.number = next(_numbers)
+        self.number = secrets.randbits(63)
         _functions[self.number] = function, blank
         weakref.finalize(self, _functions.pop, self.number).atexit = False
 
@@ -116,7 +120,7 @@ def _handle(frame: int) -> int | None:
             if extension:
                 _describe(extension)
             else:
-                _functions[_number_in(attributes)][0](_addresses(inputs, n_in), _addresses(outputs, n_out))
+                _function(_number_in(attributes))[0](_addresses(inputs, n_in), _addresses(outputs, n_out))
             if _exiting:
                 _stay()
             return None
@@ -129,6 +133,17 @@ def _handle(frame: int) -> int | None:
         if thread is not None:
             interrupt_when_back[thread]
         return result
+
+
+def _function(number: int) -> tuple[HostFunction, Blank]:
+    found = _functions.get(number)
+    if found is None:
+        raise ExportError(
+            "expected a program that was compiled in this process, got one from another process, which has the torch "
+            "function that it calls. A compiled program with torch calls cannot be saved or sent: compile it here, or "
+            'convert with `backend="xla"`.'
+        )
+    return found
 
 
 _HANDLER = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(_handle)
@@ -197,7 +212,7 @@ def _wind_up(frame: int) -> tuple[int | None, int | None]:
     if now - since > _PATIENCE_S:
         return _error(api, "KeyboardInterrupt"), thread
     if not extension:
-        _functions[_number_in(attributes)][1](_addresses(outputs, n_out))
+        _function(_number_in(attributes))[1](_addresses(outputs, n_out))
     return None, thread
 
 
@@ -273,8 +288,8 @@ def lower_host_call(
     lease = _Lease(function, blank)
     if keeper is not None:
         keeper.append(lease)
-    # Among the host callbacks of a program it also keeps the executable out of JAX's persistent cache: in another
-    # process its number means nothing.
+    # Among the host callbacks of a program it also keeps the executable out of the persistent cache of jax 0.11.1 and
+    # older. Newer ones write it there, and nobody finds it again.
     context.module_context.add_host_callback(lease)
     rule = jax.ffi.ffi_lowering(_TARGET, has_side_effect=has_side_effect)
     return rule(context, *operands, function=np.uint64(lease.number))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import gc
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -380,19 +382,73 @@ def test_a_compiled_program_keeps_its_function():
     np.testing.assert_array_equal(compiled(SMALL), SMALL + 1)
 
 
-def test_nothing_goes_into_the_persistent_cache(tmp_path):
-    """Its number would mean another function in another process."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [getattr(jax.config, name) for name in names]
-    try:
-        jax.config.update(names[0], str(tmp_path))
-        jax.config.update(names[1], 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-        jax.jit(torch2jax(lambda x: x + 1))(SMALL)
-        assert not list(tmp_path.iterdir())
-    finally:
-        for name, value in zip(names, before, strict=True):
-            jax.config.update(name, value)
+IN_ANOTHER_PROCESS = """
+import sys
+import jax, jax.numpy as jnp, numpy as np, torch
+import pytorch2jax
+jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+function = getattr(torch, sys.argv[2])
+def call(x):
+    return function(x)
+x = jnp.linspace(0.0, 1.0, 8)
+for _ in range(2):
+    out = jax.jit(pytorch2jax.torch2jax(call))(x)
+    np.testing.assert_allclose(out, getattr(np, sys.argv[2])(x), rtol=1e-5)
+    gradient = jax.jit(jax.grad(lambda x: pytorch2jax.torch2jax(call)(x).sum()))(x)
+    expected = {"sin": np.cos, "cos": lambda x: -np.sin(x), "exp": np.exp}[sys.argv[2]](x)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5)
+    jax.clear_caches()
+print("right")
+"""
+
+
+def test_the_persistent_cache_gives_no_process_the_function_of_another(tmp_path):
+    """Programs that differ in the numbers of their functions only; jax 0.11.2 and newer write them to the cache."""
+    for function in ("sin", "cos", "exp", "cos"):
+        command = [sys.executable, "-c", IN_ANOTHER_PROCESS, str(tmp_path), function]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.stdout.strip() == "right", (function, done.stderr[-3000:])
+
+
+SAVED = """
+import pathlib, pickle, sys
+import jax, jax.numpy as jnp, torch
+from jax.experimental import serialize_executable
+import pytorch2jax
+path, function = pathlib.Path(sys.argv[1]), getattr(torch, sys.argv[2])
+compiled = jax.jit(pytorch2jax.torch2jax(lambda x: function(x))).lower(jnp.zeros(3)).compile()
+if path.exists():
+    print(serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes()))(jnp.zeros(3)))
+else:
+    path.write_bytes(pickle.dumps(serialize_executable.serialize(compiled)))
+"""
+
+
+def test_a_saved_program_does_not_call_the_function_of_another_process(tmp_path):
+    command = [sys.executable, "-c", SAVED, str(tmp_path / "program")]
+    subprocess.run([*command, "sin"], capture_output=True, timeout=120, check=True)
+    done = subprocess.run([*command, "cos"], capture_output=True, text=True, timeout=120, check=False)
+    assert "expected a program that was compiled in this process" in done.stderr
+    assert not done.stdout
+
+
+FORKED = """
+import os
+from pytorch2jax import _ffi
+child = os.fork()
+print(_ffi._Lease(print, print).number, flush=True)
+if child:
+    os.waitpid(child, 0)
+"""
+
+
+def test_forked_processes_give_their_functions_other_numbers():
+    """A fork before JAX has started is allowed, and its children may share a persistent cache."""
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=120, check=True)
+    first, second = map(int, done.stdout.split())
+    assert first != second
 
 
 def test_threads_share_an_executable():
