@@ -12,6 +12,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import pytorch2jax._versions  # noqa: F401  # before what needs newer versions than somebody may have
+
+# isort: split
 from pytorch2jax._dtypes import dtype_j2t, dtype_t2j
 from pytorch2jax._errors import (
     BridgedWarning,

@@ -204,9 +204,14 @@ def vary_together(arrays: Sequence[Any]) -> Sequence[Any]:
     if not together:
         return arrays
     return [
-        a if own == together else jax.lax.pcast(a, tuple(together - own), to="varying")
-        for a, own in zip(arrays, axes, strict=True)
+        a if own == together else _made_varying(a, tuple(together - own)) for a, own in zip(arrays, axes, strict=True)
     ]
+
+
+def _made_varying(array: Any, axes: tuple[Any, ...]) -> Any:
+    if hasattr(jax.lax, "pcast"):  # since jax 0.9
+        return jax.lax.pcast(array, axes, to="varying")
+    return jax.lax.pvary(array, axes)  # type: ignore[attr-defined]
 
 
 def output_aval(shape: tuple[int, ...], dtype: Any, inputs: Sequence[Any]) -> ShapedArray:

@@ -12,6 +12,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import tomllib
 import types
 import weakref
 
@@ -21,6 +22,7 @@ import pytest
 import torch
 
 import pytorch2jax
+from pytorch2jax import _versions
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "pytorch2jax"
@@ -101,9 +103,31 @@ def test_importing_changes_no_setting():
     assert changed.returncode != 0
 
 
+# -- versions -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("package", "version"), [("torch", "2.9.1+cpu"), ("jax", "0.7.2"), ("jax", "0.8.0")])
+def test_versions_that_are_too_old_are_refused_in_one_sentence(package, version):
+    done = run(f"import {package}\n{package}.__version__ = {version!r}\nimport pytorch2jax")
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"ImportError: pytorch2jax needs {package} "), done.stderr
+    assert f"found {package} {version}: install a newer one" in last
+    done = run(f"import {package}\n{package}.__version__ = '3.0.0.dev1+cpu'\nimport pytorch2jax")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_lowest_versions_are_those_that_the_project_declares():
+    lines = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    declared = dict(re.match(r"(\w+)>=([\d.]+)", line).groups() for line in lines)
+    for package, lowest in (("torch", _versions.TORCH), ("jax", _versions.JAX)):
+        numbers = [int(n) for n in declared[package].split(".")]
+        assert [*numbers, 0, 0][: len(lowest)] == list(lowest)
+
+
 # -- the house ---------------------------------------------------------------------------------------------
 
 ORDER = [
+    "_versions",
     "_errors",
     "_internals",
     "_dtypes",
