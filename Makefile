@@ -37,7 +37,7 @@ conformance: $(STAMP) ## Compare torch's own database of operators with torch (h
 conformance-xla: $(STAMP) ## The same for backend="xla"
 	PYTORCH2JAX_CONFORMANCE_BACKEND=xla $(BIN)/python -m conformance.run $(CONFORMANCE_ARGS)
 
-versions: ## Run the tests on the lowest declared versions and on the newest ones; builds two more environments
+versions: ## Run the tests on the lowest declared versions, on middle and on the newest ones; builds three environments
 	$(PYTHON) scripts/versions.py $(VERSIONS_ARGS)
 
 lint: $(STAMP) ## Check style and types
@@ -64,4 +64,4 @@ $(BENCH_STAMP): pyproject.toml constraints.txt benchmarks/requirements.txt
 	touch $(BENCH_STAMP)
 
 clean: ## Remove the environment and everything generated
-	rm -rf $(VENV) $(BENCH_VENV) .venv-lowest .venv-newest demo-output build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* demo-output build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
