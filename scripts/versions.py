@@ -32,7 +32,7 @@ README = ROOT / "README.md"
 TESTED = ("torch", "jax", "flax", "equinox", "optax", "numpy")
 SHOWN = ("torch", "jax", "flax", "equinox", "optax", "numpy")
 
-_MIDDLE = {"torch": "2.14.1", "jax": "0.11.2", "flax": "0.12.8", "equinox": "0.13.5", "optax": "0.2.7"}
+_MIDDLE = {"torch": "2.14.1", "jax": "0.11.2", "flax": "0.12.10", "equinox": "0.13.5", "optax": "0.2.8"}
 _VERSIONS = """
 import importlib.metadata as metadata, json, sys
 print(json.dumps({name: metadata.version(name) for name in sys.argv[1:]}))

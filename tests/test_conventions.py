@@ -97,10 +97,14 @@ def test_none_and_nested_containers():
     np.testing.assert_array_equal(apply(params, {"x": [x]}, jnp.zeros(2))["out"][0], 0.0)
 
 
+# Newer versions of transformers call it `cache`.
+CACHE = "cache" if "cache" in inspect.signature(transformers.GPT2LMHeadModel.forward).parameters else "past_key_values"
+
+
 def test_a_cache_that_torch_does_not_know_is_named():
     config = transformers.GPT2Config(vocab_size=7, n_positions=8, n_embd=4, n_layer=1, n_head=1)
     apply, params = convert_pytnn_to_jax(transformers.GPT2LMHeadModel(config))
-    with pytest.raises(LeafTypeError, match=r"output\['past_key_values'\].*got DynamicCache.*use_cache=False"):
+    with pytest.raises(LeafTypeError, match=rf"output\['{CACHE}'\].*got DynamicCache.*use_cache=False"):
         apply(params, input_ids=jnp.array([[1, 2]]))
     assert apply(params, input_ids=jnp.array([[1, 2]]), use_cache=False).logits.shape == (1, 2, 7)
 
@@ -117,12 +121,12 @@ def test_a_cache_that_torch_knows_goes_out_and_comes_in(monkeypatch):
     model = transformers.GPT2LMHeadModel(config).eval()
     apply, params = convert_pytnn_to_jax(model)
     first = jax.jit(lambda p, i: apply(p, input_ids=i))(params, jnp.array([[1, 2, 3]]))
-    step = jax.jit(lambda p, i, cache: apply(p, input_ids=i, past_key_values=cache))
-    second = step(params, jnp.array([[4]]), first.past_key_values)
+    step = jax.jit(lambda p, i, cache: apply(p, input_ids=i, **{CACHE: cache}))
+    second = step(params, jnp.array([[4]]), first[CACHE])
     expected = model(torch.tensor([[1, 2, 3, 4]]), use_cache=False).logits.detach()
     np.testing.assert_allclose(second.logits[:, -1], expected[:, -1], rtol=1e-4, atol=1e-6)
-    assert "TorchContainer(DynamicCache" in repr(second.past_key_values)
-    assert all(leaf.shape[2] == 4 for leaf in jax.tree.leaves(second.past_key_values))
+    assert "TorchContainer(DynamicCache" in repr(second[CACHE])
+    assert all(leaf.shape[2] == 4 for leaf in jax.tree.leaves(second[CACHE]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64, torch.float64])

@@ -305,6 +305,7 @@ def test_an_operator_without_a_rule_runs_in_torch_and_is_named_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.simplefilter("ignore", LoopWarning)
+        warnings.filterwarnings("ignore", "There is a performance drop")  # torch's own, of `vmap`
         gradient = jax.jit(jax.grad(lambda x: f(x).sum()))(a)
         rows = jax.vmap(f)(a)
     np.testing.assert_allclose(gradient, 3 * np.sin(X.numpy()) ** 2 * np.cos(X.numpy()), rtol=1e-12)
