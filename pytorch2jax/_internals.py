@@ -91,6 +91,7 @@ __all__ = [
     "mlir",
     "n_partitions",
     "output_aval",
+    "outside_of_traces",
     "register_dead_code_rule",
     "run_backward",
     "set_grad_enabled",
@@ -365,6 +366,17 @@ def current_trace() -> Any:
     """What JAX does with operations in this thread at present."""
     with _take_current_trace() as trace:
         return trace
+
+
+def outside_of_traces() -> contextlib.AbstractContextManager[None]:
+    """A context in which JAX computes at once, whatever it traces around, so that results can be kept.
+
+    Where JAX is refused (`RefusingTrace`), it is refused there, too.
+    """
+    if trace_state_clean() or isinstance(current_trace(), RefusingTrace):
+        return contextlib.nullcontext()
+    context: contextlib.AbstractContextManager[None] = jax.ensure_compile_time_eval()
+    return context
 
 
 def x64_enabled() -> bool:

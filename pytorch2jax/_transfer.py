@@ -19,7 +19,7 @@ import torch
 
 from pytorch2jax._dtypes import dtype_j2t, dtype_t2j, narrowed
 from pytorch2jax._errors import DeviceError, LeafTypeError, NarrowingError, OptionError
-from pytorch2jax._internals import has_memory, has_only_host, uncommitted, x64_enabled
+from pytorch2jax._internals import has_memory, has_only_host, outside_of_traces, uncommitted, x64_enabled
 
 _INTEGERS = (torch.int64, torch.uint64)
 
@@ -34,9 +34,9 @@ def t2j(tensor: torch.Tensor, via: str = "dlpack", *, copy: bool = False) -> jax
         copy: `False` shares memory where that is possible; `True` never does.
 
     Returns:
-        An array of the same shape and dtype. While `jax_enable_x64` is off, `int64` and `uint64` become
-        their 32-bit siblings if every value fits (an error otherwise), and `float64` and `complex128` are
-        rounded to `float32` and `complex64`.
+        An array of the same shape and dtype, with its values also where JAX traces around. While `jax_enable_x64`
+        is off, `int64` and `uint64` become their 32-bit siblings if every value fits (an error otherwise), and
+        `float64` and `complex128` are rounded to `float32` and `complex64`.
 
     Copies:
         None for a contiguous tensor with 64-byte aligned memory (every freshly allocated tensor). Strided
@@ -68,6 +68,11 @@ def t2j(tensor: torch.Tensor, via: str = "dlpack", *, copy: bool = False) -> jax
             "Convert outside of the function."
         )
     dtype_t2j(tensor.dtype)  # the error for a dtype that JAX lacks
+    with outside_of_traces():
+        return _array_of(tensor, copy)
+
+
+def _array_of(tensor: torch.Tensor, copy: bool) -> jax.Array:
     dense = _narrow(tensor.detach().resolve_conj().resolve_neg())
     if dense.numel() == 0:  # DLPack gives empty tensors no address; JAX refuses some of their strides
         return jnp.zeros(tuple(dense.shape), dtype_t2j(dense.dtype))

@@ -14,7 +14,7 @@ from pytorch2jax._errors import BridgedWarning
 from pytorch2jax.xla._bridged import Bridged
 from pytorch2jax.xla._capture import capture
 from pytorch2jax.xla._graph import Graph
-from pytorch2jax.xla._interpret import constant, evaluate
+from pytorch2jax.xla._interpret import constant, constants_of, evaluate
 from pytorch2jax.xla._symbolic import Unifier
 
 _TRANSLATED: weakref.WeakKeyDictionary[BoundFunction, Callable[..., list[Any]]] = weakref.WeakKeyDictionary()
@@ -48,10 +48,11 @@ def _translated(program: BoundFunction) -> Callable[..., list[Any]]:
     graph = graph_of(program)
     _tell_about_bridged(program, graph)
     first, held = program.held_inputs()
-    values = list(map(constant, held))
+    # Made here, and not while the function below is traced: they are kept for all traces to come.
+    values, constants = list(map(constant, held)), constants_of(graph)
 
     def call(inputs: list[Any], key: Any) -> list[Any]:
-        return evaluate(graph, [*inputs[:first], *values, *inputs[first:]], key)
+        return evaluate(graph, constants, [*inputs[:first], *values, *inputs[first:]], key)
 
     call.__name__ = call.__qualname__ = program.name
     return jax.jit(call)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,15 +26,21 @@ ON_SIZES = (
 )
 
 
-def evaluate(graph: Graph, inputs: Sequence[Any], key: Any) -> list[Any]:
+def constants_of(graph: Graph) -> dict[Var, Any]:
+    """The constants of a graph as arrays, to be made once and kept."""
+    return {var: constant(tensor) for var, tensor in graph.constants.items()}
+
+
+def evaluate(graph: Graph, constants: Mapping[Var, Any], inputs: Sequence[Any], key: Any) -> list[Any]:
     """The outputs of a graph.
 
     Args:
         graph: the graph.
+        constants: an array for each of its constants.
         inputs: an array for each of its inputs.
         key: a JAX key; random operators fold their numbers into it. None for a graph without any.
     """
-    env: dict[Var, Any] = {var: constant(tensor) for var, tensor in graph.constants.items()}
+    env: dict[Var, Any] = dict(constants)
     env.update(zip(graph.inputs, inputs, strict=True))
     try:
         run(graph.equations, env, key)
@@ -46,7 +52,7 @@ def evaluate(graph: Graph, inputs: Sequence[Any], key: Any) -> list[Any]:
 
 
 def constant(tensor: torch.Tensor) -> Any:
-    """A tensor as an array that may be part of a compiled program."""
+    """A tensor as an array that may be part of compiled programs; no tracer, also if JAX traces around."""
     tensor = tensor.detach().resolve_conj().resolve_neg()
     if tensor.dtype is torch.int64 and narrowed(tensor.dtype) is torch.int32:
         # The ends of the range stand for infinity. Other numbers that do not fit are an error.
