@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from jax.sharding import SingleDeviceSharding
@@ -17,7 +18,14 @@ from jax.sharding import SingleDeviceSharding
 from pytorch2jax._bridge import original_error, torch_call_error
 from pytorch2jax._buffers import Buffers, Views
 from pytorch2jax._dtypes import dtype_j2t
-from pytorch2jax._internals import array_from_tensor, is_held_elsewhere, jit_disabled, uncommitted
+from pytorch2jax._internals import (
+    array_from_tensor,
+    float_checks,
+    is_held_elsewhere,
+    jit_disabled,
+    uncommitted,
+    without_float_checks,
+)
 from pytorch2jax._nesting import refusal, refusing_jax
 from pytorch2jax._program import Program
 from pytorch2jax._threads import check_process
@@ -53,14 +61,37 @@ def evaluate(program: Program, arrays: Sequence[Any], staged: Callable[..., Any]
     return _through_xla(program, arrays, staged)
 
 
+def check_floats(program: Program, outputs: Sequence[Any]) -> None:
+    """What `jax_debug_nans` and `jax_debug_infs` ask for.
+
+    Raises:
+        FloatingPointError: there is a NaN, or an infinity; as JAX has it for its own functions.
+    """
+    nans, infs = float_checks()
+    if not (nans or infs):
+        return
+    for index, output in enumerate(outputs):
+        if not jnp.issubdtype(output.dtype, jnp.inexact) or isinstance(output, jax.core.Tracer):
+            continue
+        with without_float_checks():
+            found = "nan" if nans and jnp.isnan(output).any() else "inf" if infs and jnp.isinf(output).any() else None
+        if found is not None:
+            raise FloatingPointError(
+                f"invalid value ({found}) encountered in output {index} of the torch function {program.describe()}. "
+                "(jax_debug_nans and jax_debug_infs look for them.)"
+            )
+
+
 def _through_xla(program: Program, arrays: Sequence[Any], staged: Callable[..., Any]) -> list[Any]:
     compiled_calls = program.root.compiled_calls()
     compiled = compiled_calls.get(program)
     if compiled is None:
         compiled = compiled_calls[program] = jax.jit(staged)
     try:
-        if jit_disabled():  # the call would come back here: this is the implementation, there is nothing below it
-            with jax.disable_jit(False):
+        # The call would come back here, if JAX had it run without `jit`, which it also does where it has found a NaN:
+        # this is the implementation, there is nothing below it.
+        if jit_disabled() or any(float_checks()):
+            with jax.disable_jit(False), without_float_checks():
                 outputs: list[Any] = compiled(*arrays)
         else:
             outputs = compiled(*arrays)

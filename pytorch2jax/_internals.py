@@ -25,7 +25,7 @@ import jax.extend.core
 import numpy as np
 import torch
 import torch.utils._pytree as torch_pytree
-from jax._src import dispatch, effects, util, xla_bridge
+from jax._src import checkify, dispatch, effects, util, xla_bridge
 from jax._src.array import ArrayImpl as _ArrayImpl
 from jax._src.core import trace_state_clean
 from jax._src.lib import _jax
@@ -65,6 +65,7 @@ __all__ = [
     "fake_tensor_mode",
     "flat_vmap",
     "flatten_torch_node",
+    "float_checks",
     "gradient_edge",
     "has_backends",
     "has_memory",
@@ -93,6 +94,7 @@ __all__ = [
     "output_aval",
     "outside_of_traces",
     "register_dead_code_rule",
+    "register_float_check",
     "run_backward",
     "set_grad_enabled",
     "set_library_kernels",
@@ -109,6 +111,7 @@ __all__ = [
     "unflatten_torch_node",
     "unwrap_if_dead",
     "vary_together",
+    "without_float_checks",
     "x64_enabled",
 ]
 
@@ -327,6 +330,35 @@ def register_dead_code_rule(primitive: Any, rule: Callable[[Sequence[bool], Any]
         return rule(used_outputs, rest[-1])  # since jax 0.12, the liveness of references comes before the equation
 
     partial_eval.dce_rules[primitive] = in_jax
+
+
+def register_float_check(primitive: Any, name_of: Callable[..., str]) -> None:
+    """Let `jax.experimental.checkify` look for NaN in the results of a primitive, as in those of JAX's own.
+
+    Args:
+        primitive: a primitive with several results.
+        name_of: makes the name for the message from the parameters of a call.
+    """
+
+    def check(*arguments: Any, **params: Any) -> Any:
+        named = types.SimpleNamespace(bind=primitive.bind, name=name_of(**params), multiple_results=True)
+        return checkify.nan_error_check(named, *arguments, **params)
+
+    checkify.error_checks[primitive] = check
+
+
+def without_float_checks() -> contextlib.ExitStack:
+    """A context without `jax_debug_nans` and `jax_debug_infs`."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(jax.debug_nans(False))
+    stack.enter_context(jax.debug_infs(False))
+    return stack
+
+
+def float_checks() -> tuple[bool, bool]:
+    """Whether JAX is to look for NaN and for infinities in all results."""
+    config: Any = jax.config
+    return bool(config.jax_debug_nans), bool(config.jax_debug_infs)
 
 
 class RefusingTrace(jax.core.Trace):

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pytorch2jax._bridge import call_in_xla, lower_on_host
-from pytorch2jax._eager import evaluate
+from pytorch2jax._eager import check_floats, evaluate
 from pytorch2jax._errors import DeviceError, ExportError, ReplicationWarning
 from pytorch2jax._internals import (
     DRAWS_FROM_TORCH,
@@ -41,6 +41,7 @@ from pytorch2jax._internals import (
     n_partitions,
     output_aval,
     register_dead_code_rule,
+    register_float_check,
     trace_state_clean,
     vary_together,
 )
@@ -73,6 +74,7 @@ def _impl(*arrays: Any, program: Program) -> list[Any]:
     outputs = evaluate(program, arrays, lambda *inputs: torch_call_p.bind(*inputs, program=program))
     if isinstance(program, Taped):
         program.release_with(outputs[-1])
+    check_floats(program, outputs)
     return outputs
 
 
@@ -297,3 +299,8 @@ def _drop_unused(used_outputs: Sequence[bool], eqn: Any) -> tuple[list[bool], An
 
 
 register_dead_code_rule(torch_call_p, _drop_unused)
+
+
+# -- checks for NaN -------------------------------------------------------------------------------------
+
+register_float_check(torch_call_p, lambda program: f"torch_call of {program.describe()}")
