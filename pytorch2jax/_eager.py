@@ -18,6 +18,7 @@ from jax.sharding import SingleDeviceSharding
 from pytorch2jax._bridge import original_error, torch_call_error
 from pytorch2jax._buffers import Buffers, Views
 from pytorch2jax._dtypes import dtype_j2t
+from pytorch2jax._forks import check_process
 from pytorch2jax._internals import (
     array_from_tensor,
     float_checks,
@@ -28,7 +29,6 @@ from pytorch2jax._internals import (
 )
 from pytorch2jax._nesting import refusal, refusing_jax
 from pytorch2jax._program import Program
-from pytorch2jax._threads import check_process
 from pytorch2jax._transfer import check_one_device, torch_device
 
 _LARGE_BYTES = 1 << 21

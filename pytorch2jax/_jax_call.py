@@ -22,6 +22,7 @@ import torch
 
 from pytorch2jax._dtypes import dtype_t2j, narrowed
 from pytorch2jax._errors import DeviceError, LeafTypeError, Pytorch2JaxError
+from pytorch2jax._forks import check_process
 from pytorch2jax._internals import (
     array_from_tensor,
     has_only_host,
@@ -59,6 +60,7 @@ class Call:
 
     def evaluate(self, program: JaxProgram, leaves: Sequence[Any]) -> tuple[torch.Tensor, ...]:
         """Run a program on tensors, or ask the source for the answer."""
+        check_process(lambda: self.name)
         if self._x64 is x64_enabled() and trace_state_clean():
             return self._evaluate(program, leaves)
         # Backward passes run wherever somebody asks for gradients.

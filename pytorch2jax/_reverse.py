@@ -15,6 +15,7 @@ import torch
 
 from pytorch2jax._dtypes import dtype_t2j
 from pytorch2jax._errors import LeafTypeError
+from pytorch2jax._forks import check_process
 from pytorch2jax._internals import is_differentiated
 from pytorch2jax._jax_call import Call, has_derivatives, run
 from pytorch2jax._jax_program import FlatFunction
@@ -50,6 +51,7 @@ def jax2torch(fn: Callable[..., Any]) -> Callable[..., Any]:
         LeafTypeError: an argument or output is something that cannot pass between the frameworks.
         DtypeError, NarrowingError: one framework has no such dtype, or an integer does not fit into 32 bits.
         DeviceError: JAX has no such device, or an output is spread over several.
+        ForkError: it was called in a process that was forked when JAX was running already (a `DataLoader` worker).
         NestingError: it was called by a torch function that JAX runs (`torch2jax` and the converters).
 
     Example:
@@ -84,6 +86,7 @@ class JaxFunction:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the JAX function on tensors."""
+        check_process(lambda: self.name)
         check_not_inside_torch(self.name)
         program, leaves = self._bind(args, kwargs)
         call = Call(self.name, program.address)

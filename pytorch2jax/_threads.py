@@ -19,8 +19,7 @@ from collections.abc import Callable
 
 import torch
 
-from pytorch2jax._errors import ForkError
-from pytorch2jax._internals import has_backends, is_python_thread
+from pytorch2jax._internals import is_python_thread
 
 _PATIENCE_S = 0.5
 _FEW_CALLS = 8
@@ -103,27 +102,9 @@ def _worker() -> queue.SimpleQueue[_Job]:
         return _jobs
 
 
-_forked = False  # from a process in which JAX has threads
-
-
-def check_process(call: Callable[[], str]) -> None:
-    """Raise in a process that was forked from one in which JAX has threads; `call` says which call it was.
-
-    Raises:
-        ForkError: it was.
-    """
-    if _forked:
-        raise ForkError(
-            f"{call()}: expected a process in which JAX can run, got one that was forked when JAX was running "
-            "already, where it would hang. Start processes with the method 'spawn' or 'forkserver' "
-            "(`multiprocessing.set_start_method`), or fork before the first use of JAX."
-        )
-
-
 def _after_fork() -> None:
-    global _jobs, _lock, _forked
+    global _jobs, _lock
     _jobs, _lock = None, threading.Lock()
-    _forked = _forked or has_backends()
 
 
 if hasattr(os, "register_at_fork"):

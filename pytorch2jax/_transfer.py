@@ -19,6 +19,7 @@ import torch
 
 from pytorch2jax._dtypes import dtype_j2t, dtype_t2j, narrowed
 from pytorch2jax._errors import DeviceError, LeafTypeError, NarrowingError, OptionError
+from pytorch2jax._forks import check_process
 from pytorch2jax._internals import has_memory, has_only_host, outside_of_traces, uncommitted, x64_enabled
 
 _INTEGERS = (torch.int64, torch.uint64)
@@ -46,6 +47,7 @@ def t2j(tensor: torch.Tensor, via: str = "dlpack", *, copy: bool = False) -> jax
         LeafTypeError: `tensor` is not a dense torch tensor.
         OptionError: there is no such `via`.
         DtypeError: JAX has no such dtype.
+        ForkError: JAX was running already when the process was forked.
         NarrowingError: a 64-bit integer does not fit into 32 bits while `jax_enable_x64` is off.
 
     Example:
@@ -53,6 +55,7 @@ def t2j(tensor: torch.Tensor, via: str = "dlpack", *, copy: bool = False) -> jax
         >>> t2j(torch.arange(3.0))
         Array([0., 1., 2.], dtype=float32)
     """
+    check_process(lambda: "t2j")
     copy = copy or _is_by_host("t2j", via)
     if not isinstance(tensor, torch.Tensor):
         raise LeafTypeError(f"t2j: expected a torch.Tensor, got {type(tensor).__name__}.")
@@ -101,6 +104,7 @@ def j2t(array: Any, via: str = "dlpack", *, copy: bool = False) -> torch.Tensor:
         LeafTypeError: `array` is a tracer, or nothing that JAX takes for an array.
         OptionError: there is no such `via`.
         DtypeError: torch has no such dtype.
+        ForkError: JAX was running already when the process was forked.
         DeviceError: the array is spread over several devices.
 
     Example:
@@ -108,6 +112,7 @@ def j2t(array: Any, via: str = "dlpack", *, copy: bool = False) -> torch.Tensor:
         >>> j2t(jnp.arange(3))
         tensor([0, 1, 2], dtype=torch.int32)
     """
+    check_process(lambda: "j2t")
     copy = copy or _is_by_host("j2t", via)
     if isinstance(array, jax.core.Tracer):
         raise LeafTypeError(
@@ -137,6 +142,7 @@ def _is_by_host(call: str, via: str) -> bool:
 
 def as_array(call: str, path: Callable[[], str], value: Any) -> Any:
     """Turn what a user passed as an array argument into something that JAX can bind, or say why not."""
+    check_process(lambda: f"{call}: {path()}")
     if isinstance(value, jax.Array):  # tracers, too
         return value
     if isinstance(value, torch.Tensor):

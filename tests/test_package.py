@@ -130,6 +130,7 @@ ORDER = [
     "_versions",
     "_errors",
     "_internals",
+    "_forks",
     "_dtypes",
     "_transfer",
     "_trees",

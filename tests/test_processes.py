@@ -178,3 +178,77 @@ def test_the_example_refuses_what_it_cannot_do():
         )
         assert done.returncode == 2
         assert message in done.stderr
+
+
+# -- forks ----------------------------------------------------------------------------------------------------
+
+WORKER = """
+import sys, warnings
+warnings.simplefilter("ignore")  # of JAX, that it does not like forks
+import jax, jax.numpy as jnp, numpy as np, torch
+from flax import linen, nnx
+import equinox as eqx
+import pytorch2jax
+
+model = torch.nn.Linear(3, 2)
+apply, params = pytorch2jax.convert_pytnn_to_jax(model)
+second, _ = pytorch2jax.convert_pytnn_to_jax(model, backend="xla")
+cls, variables = pytorch2jax.convert_pytnn_to_flax(model)
+in_nnx = pytorch2jax.convert_pytnn_to_nnx(model)
+in_equinox = pytorch2jax.convert_pytnn_to_equinox(model)
+dense = linen.Dense(2)
+in_torch = pytorch2jax.convert_flax_to_pytnn(dense, dense.init(jax.random.key(0), jnp.ones((1, 3))))
+f = pytorch2jax.torch2jax(torch.sin)
+g = pytorch2jax.jax2torch(jnp.sin)
+leaf = torch.ones(3, requires_grad=True)
+loss = g(leaf).sum()
+apply(params, jnp.ones((1, 3))), second(params, jnp.ones((1, 3))), f(jnp.ones(3))  # JAX runs, and all is traced
+x, t = np.ones((1, 3), np.float32), torch.ones(1, 3)
+calls = {
+    "torch2jax": lambda: f(x),
+    "torch2jax of arrays": lambda: f(jnp_x),
+    "apply": lambda: apply(params, x),
+    "apply on numpy": lambda: apply(jax.tree.map(np.asarray, numpy_params), x),
+    "xla": lambda: second(params, x),
+    "linen": lambda: cls().apply({"params": variables}, x),
+    "nnx": lambda: in_nnx(x),
+    "equinox": lambda: in_equinox(x),
+    "jax2torch": lambda: g(t),
+    "jax2torch of numpy": lambda: g(x),
+    "backward": lambda: loss.backward(),
+    "flax in torch": lambda: in_torch(t),
+    "t2j": lambda: pytorch2jax.t2j(t),
+    "j2t": lambda: pytorch2jax.j2t(jnp_x),
+    "convert": lambda: pytorch2jax.convert_pytnn_to_jax(model),
+}
+jnp_x, numpy_params = jnp.ones((1, 3)), jax.tree.map(np.asarray, params)
+
+class Data(torch.utils.data.Dataset):
+    def __len__(self):
+        return len(calls)
+
+    def __getitem__(self, index):
+        try:
+            list(calls.values())[index]()
+        except pytorch2jax.ForkError as error:
+            return "spawn" in str(error)
+        return False
+
+# Each in a worker of its own; one that hangs ends after a while, with an error.
+for index, name in enumerate(calls):
+    sampler = [index]
+    loader = torch.utils.data.DataLoader(
+        Data(), sampler=sampler, num_workers=1, multiprocessing_context="fork", timeout=20
+    )
+    (found,) = loader
+    assert found.all(), name
+    print(name, flush=True)
+"""
+
+
+def test_calls_in_a_worker_of_a_data_loader_are_errors():
+    """JAX would hang there, so that none of its functions may be called before the error."""
+    command = [sys.executable, "-c", WORKER]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert len(done.stdout.splitlines()) == 15
