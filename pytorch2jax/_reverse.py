@@ -16,7 +16,7 @@ import torch
 from pytorch2jax._dtypes import dtype_t2j
 from pytorch2jax._errors import LeafTypeError
 from pytorch2jax._forks import check_process
-from pytorch2jax._internals import is_differentiated
+from pytorch2jax._internals import is_differentiated, outside_of_torch_compile
 from pytorch2jax._jax_call import Call, has_derivatives, run
 from pytorch2jax._jax_program import FlatFunction
 from pytorch2jax._nesting import check_not_inside_torch
@@ -29,7 +29,7 @@ def jax2torch(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     The result is compiled by `jax.jit`, once for each combination of shapes, dtypes and static values, and can be
     used wherever torch functions are: in `nn.Module.forward`, under `backward()` of every order, and under
-    `torch.func.grad`, `vjp`, `jvp`, `vmap`, `hessian`, nested in any order.
+    `torch.func.grad`, `vjp`, `jvp`, `vmap`, `hessian`, nested in any order. `torch.compile` breaks its graph there.
 
     Args:
         fn: a function of arrays, pytrees of arrays, and static values, given by position or by keyword, that
@@ -84,6 +84,7 @@ class JaxFunction:
         self._programs: collections.OrderedDict[Hashable, FlatFunction] = collections.OrderedDict()
         self._lock = threading.Lock()
 
+    @outside_of_torch_compile
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the JAX function on tensors."""
         check_process(lambda: self.name)

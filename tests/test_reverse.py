@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.autograd import forward_ad
 
 from pytorch2jax import (
@@ -605,3 +606,54 @@ def test_an_error_leaves_the_function_usable():
     with pytest.raises(TypeError, match="dot_general"):
         f(torch.ones(2, 3), torch.ones(2, 3))
     assert f(torch.ones(2, 3), torch.ones(3, 1)).tolist() == [[3.0], [3.0]]
+
+
+# -- torch.compile ----------------------------------------------------------------------------------------------
+
+
+_sine = jax2torch(lambda x, y: {"out": jnp.sin(x) * y})
+
+
+class _BetweenLayers(nn.Module):
+    """A JAX function between layers of torch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return (_sine(torch.tanh(self.first(x)), x)["out"] + x).sum()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of its compiler
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_torch_compile_breaks_its_graph_at_a_jax_function(backend):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, x = _BetweenLayers(), torch.linspace(-1.0, 1.0, 6).reshape(2, 3)
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.backends.registry.lookup_backend(backend)(graph, inputs)
+
+    compiled = torch.compile(model, backend=counting)
+    found = []
+    for call in (compiled, compiled, model):
+        model.zero_grad()
+        leaf = x.clone().requires_grad_()
+        out = call(leaf)
+        out.backward()
+        found.append([out.detach(), leaf.grad, *(p.grad for p in model.parameters())])
+    assert len(graphs) == 2  # before and after; nothing of this library's is traced
+    for ours in found[:2]:
+        torch.testing.assert_close(ours, found[2])
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of its compiler
+def test_torch_compile_of_a_whole_graph_says_that_jax_compiles_itself():
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="JAX compiles this function itself"):
+        torch.compile(_BetweenLayers(), backend="eager", fullgraph=True)(torch.ones(2, 3))
+    with pytest.raises(LeafTypeError, match="JAX functions run outside of `torch.compile` and `torch.export`"):
+        torch.export.export(_BetweenLayers(), (torch.ones(2, 3),))
