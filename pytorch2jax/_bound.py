@@ -313,7 +313,7 @@ class BoundFunction(RootProgram):
         if not self.is_seeded:
             return contextlib.nullcontext()
         # Not the numbers of the forward over again.
-        return seeded(primals[0].flatten() ^ 0x5DEECE66, host=self.inferred.host_random)
+        return seeded(primals[0] ^ 0x5DEECE66, host=self.inferred.host_random)
 
     def hold(self, primals: Sequence[torch.Tensor], leaves: Mapping[int, torch.Tensor]) -> None:
         n_own = len(self._own)

@@ -47,15 +47,17 @@ def torch_seed(words: Iterable[int]) -> int:
 
 @contextlib.contextmanager
 def seeded(seed: torch.Tensor, *, host: bool = False) -> Iterator[None]:
-    """Seed the global generators from `seed` (`uint32[n]`) and put their states back afterwards.
+    """Seed the global generators from `seed` (`uint32[..., n]`) and put their states back afterwards.
 
     Args:
-        seed: the words of a key.
+        seed: the words of a key; of several keys for a function that takes a whole batch, and draws once for it.
         host: seed those of NumPy and Python as well as torch's.
     """
     if is_batched(seed):
         raise RuntimeError("each example has a key of its own, and torch has one generator")
-    mixed = torch_seed(seed.tolist())
+    # A key that a whole batch shares may have been repeated for its examples, and is still one key.
+    keys = dict.fromkeys(map(tuple, seed.reshape(-1, seed.shape[-1]).tolist()))
+    mixed = torch_seed(word for key in keys for word in key)
     devices = [torch.cuda.current_device()] if seed.is_cuda else []
     with forked_generators(devices, host=host):
         torch.random.default_generator.manual_seed(mixed)

@@ -282,18 +282,18 @@ class Vmap(Derived):
                     self.root.vmap_randomness,
                 )
             return tuple(o.sum(0) if d is None else o for o, d in zip(outputs, self.out_dims, strict=True))
-        rows = [
-            self.base.run(
-                [t if d is None else _example(t, d, i) for t, d in zip(tensors, self.in_dims, strict=True)],
-                style,
-                around,
-            )
-            for i in range(self.size)
-        ]
+        rows = [self.base.run(self._row(tensors, i), style, around) for i in range(self.size)]
         return tuple(
             sum(column[1:], column[0]) if dim is None else torch.stack(column, dim)
             for column, dim in zip(map(list, zip(*rows, strict=True)), self.out_dims, strict=True)
         )
+
+    def _row(self, tensors: Sequence[torch.Tensor], index: int) -> list[torch.Tensor]:
+        """The inputs of one example of a loop."""
+        row = [t if d is None else _example(t, d, index) for t, d in zip(tensors, self.in_dims, strict=True)]
+        if self.root.is_seeded and self.in_dims[0] is None and self.root.vmap_randomness == "different":
+            row[0] = torch.cat([row[0], row[0].new_tensor([index])])  # its words, and the number of the example
+        return row
 
     def _run_directly(self, tensors: Sequence[torch.Tensor], style: Style, around: Around) -> Tensors:
         """One call of the function on inputs with the batch axis in front, behind those of outer batches."""

@@ -294,6 +294,41 @@ def test_vmap_methods(method, axis):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_vmap_methods_with_declared_outputs(method):
+    """Then nobody knows whether the function draws, so that it has a seed."""
+    spec = jax.ShapeDtypeStruct((3,), X.dtype)
+    f = torch2jax(lambda x: 2 * x, output_shapes=spec, vmap_method=method)
+    for transform in (jax.vmap, lambda f: jax.jit(jax.vmap(f))):
+        np.testing.assert_array_equal(transform(f)(jnp.ones((4, 3))), np.full((4, 3), 2.0))
+
+
+@pytest.mark.parametrize("keys", ["none", "one", "each"])
+@pytest.mark.parametrize("method", ["sequential", "expand_dims", "broadcast_all"])
+def test_vmap_methods_of_a_random_function(method, keys):
+    """What a gradient sees is what its forward pass drew, and a key draws the same again."""
+    f = torch2jax(lambda x: x * torch.rand_like(x), vmap_method=method)
+    x = jnp.ones((4, 3))
+
+    def batch(x):
+        if keys == "each":
+            return jax.vmap(lambda x, key: f(x, rng=key))(x, jax.random.split(jax.random.key(0), 4))
+        key = {} if keys == "none" else {"rng": jax.random.key(0)}
+        return jax.vmap(lambda x: f(x, **key))(x)
+
+    for transform in (lambda f: f, jax.jit):
+        out, gradient = transform(jax.vjp)(batch, x) if transform is not jax.jit else _vjp_in_jit(batch, x)
+        np.testing.assert_allclose(out, gradient(jnp.ones_like(out))[0], rtol=1e-6)
+        assert len(np.unique(out)) == (3 if keys == "one" and method == "sequential" else 12)
+    if keys != "none":
+        np.testing.assert_array_equal(batch(x), batch(x))
+
+
+def _vjp_in_jit(function, x):
+    out, gradient = jax.jit(lambda x: (lambda out, pull: (out, pull(jnp.ones_like(out))))(*jax.vjp(function, x)))(x)
+    return out, lambda _: gradient
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_vmap_methods_under_derivatives(method):
     def losses(f):
         loss = lambda x, w: (f(x, w) ** 2).sum()  # noqa: E731
