@@ -6,6 +6,8 @@ XLA, torch reads the arrays where they are, and JAX takes over the memory that t
 
 from __future__ import annotations
 
+import contextlib
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from pytorch2jax._bridge import original_error, torch_call_error
 from pytorch2jax._buffers import Buffers, Views
@@ -29,7 +31,7 @@ from pytorch2jax._internals import (
 )
 from pytorch2jax._nesting import refusal, refusing_jax
 from pytorch2jax._program import Program
-from pytorch2jax._transfer import check_one_device, torch_device
+from pytorch2jax._transfer import on_one_device, torch_device
 
 _LARGE_BYTES = 1 << 21
 """Of inputs and outputs together: from here on a copy takes longer than taking over memory does."""
@@ -48,17 +50,52 @@ def evaluate(program: Program, arrays: Sequence[Any], staged: Callable[..., Any]
         allocated their memory in this call, in C order, and nobody else holds it.
 
     Raises:
+        DeviceError: an array is spread over several devices. (One that is replicated has a copy on each of them.)
         TorchCallError: torch raised an exception, which is the cause.
         ForkError: JAX was running already when the process was forked.
     """
     check_process(program.describe)
-    for index, array in enumerate(() if program.root.shardable else arrays):
-        sharding = getattr(array, "sharding", None)
-        if sharding is not None and type(sharding) is not SingleDeviceSharding:
-            check_one_device(program.describe(), f"input {index}", array)
+    if not program.root.shardable and any(map(_has_several_devices, arrays)):
+        return _on_replicas(program, arrays, staged)
     if program.is_large(_LARGE_BYTES) and not program.computes_in_place and _is_on_host(arrays):
         return _over_dlpack(program, arrays)
     return _through_xla(program, arrays, staged)
+
+
+def _has_several_devices(array: Any) -> bool:
+    sharding: Any = getattr(array, "sharding", None)
+    single = sharding is None or type(sharding) is SingleDeviceSharding or isinstance(array, jax.core.Tracer)
+    return not single and len(sharding.device_set) > 1
+
+
+def _on_replicas(program: Program, arrays: Sequence[Any], staged: Callable[..., Any]) -> list[Any]:
+    """Run once, on one copy of each replicated array, and replicate the results in the same way."""
+    sharding = next(array.sharding for array in arrays if _has_several_devices(array))
+    name = program.describe()
+    local = [on_one_device(name, f"input {i}", a) if _has_several_devices(a) else a for i, a in enumerate(arrays)]
+    first = next(a for a, whole in zip(local, arrays, strict=True) if a is not whole)
+    local = [jax.device_put(a, first.sharding) for a in local]
+    mesh: Any = (
+        sharding.mesh if isinstance(sharding, NamedSharding) else Mesh(np.array([*sharding.device_set]), ("copies",))
+    )
+    with _alone_on(next(iter(first.devices()))):
+        outputs = evaluate(program, local, staged)
+    return [_replicated(out, mesh, sharding.memory_kind) for out in outputs]
+
+
+def _alone_on(device: Any) -> contextlib.AbstractContextManager[Any]:
+    """Without the mesh of `jax.set_mesh`, on whose devices JAX would otherwise compile and run everything."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return contextlib.nullcontext()
+    context: contextlib.AbstractContextManager[Any] = jax.set_mesh(Mesh(np.array([device]), ("device",)))
+    return context
+
+
+def _replicated(array: jax.Array, mesh: Mesh, memory_kind: str | None) -> jax.Array:
+    sharding = NamedSharding(mesh, PartitionSpec(*[None] * array.ndim), memory_kind=memory_kind)
+    devices: list[Any] = sorted(sharding.addressable_devices, key=operator.attrgetter("id"))
+    copies = [jax.device_put(array, device) for device in devices]
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, copies)
 
 
 def check_floats(program: Program, outputs: Sequence[Any]) -> None:

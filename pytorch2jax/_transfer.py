@@ -92,7 +92,7 @@ def j2t(array: Any, via: str = "dlpack", *, copy: bool = False) -> torch.Tensor:
     """Convert a JAX array to a torch tensor on the same device.
 
     Args:
-        array: a JAX array on one device, or anything that `jax.numpy.asarray` takes.
+        array: a JAX array on one device or replicated over several, or anything that `jax.numpy.asarray` takes.
         via: `"dlpack"` as described here, or `"cpu"` or `"host"` for a copy.
         copy: `False` shares memory with the array: the tensor must then be read only, because a JAX array
             is taken by everybody else to be immutable. `True` gives a tensor that may be written to.
@@ -127,7 +127,7 @@ def j2t(array: Any, via: str = "dlpack", *, copy: bool = False) -> torch.Tensor:
     if array.is_deleted():
         raise LeafTypeError("j2t: expected an array, got one that has been deleted or donated.")
     dtype = dtype_j2t(array.dtype)
-    check_one_device("j2t", "array", array)
+    array = on_one_device("j2t", "array", array)
     if array.size == 0:
         return torch.empty(array.shape, dtype=dtype, device=torch_device(array))
     tensor = torch.from_dlpack(array)
@@ -166,14 +166,21 @@ def tensor_at(address: int, n_bytes: int, dtype: torch.dtype, shape: tuple[int, 
     return flat if len(shape) == 1 else flat.view(shape)
 
 
-def check_one_device(call: str, path: str, array: jax.Array) -> None:
-    """Raise `DeviceError` for an array that is spread over several devices."""
-    if len(array.sharding.device_set) > 1:
-        raise DeviceError(
-            f"{call}: {path}: expected an array on one device, got one on {len(array.sharding.device_set)} "
-            f"devices ({array.sharding}). Gather it with `jax.device_put(x, device)`, or call the function "
-            "inside `jax.shard_map`, where each device sees its own part."
-        )
+def on_one_device(call: str, path: str, array: jax.Array) -> jax.Array:
+    """An array on one device: itself, or this process's first copy of one that is replicated.
+
+    Raises:
+        DeviceError: it is spread over several devices.
+    """
+    if len(array.sharding.device_set) == 1:
+        return array
+    if array.is_fully_replicated:
+        return array.addressable_data(0)
+    raise DeviceError(
+        f"{call}: {path}: expected an array on one device, or one that is replicated, got one that is spread over "
+        f"{len(array.sharding.device_set)} devices ({array.sharding}). Gather it with `jax.device_put(x, device)`, or "
+        "call the function inside `jax.shard_map`, where each device sees its own part."
+    )
 
 
 def torch_device(array: jax.Array) -> torch.device:

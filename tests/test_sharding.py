@@ -24,6 +24,7 @@ from eight_devices import N, run_again
 from jax.sharding import AxisType, NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
+import pytorch2jax
 from pytorch2jax import (
     DeviceError,
     OptionError,
@@ -236,8 +237,31 @@ if jax.device_count() == N:
         close(out, jax_layer(X, W))
         assert out.sharding.spec == P("i")
         close(jax.grad(loss(f), argnums=1)(XS, WS), jax.grad(loss(jax_layer), argnums=1)(X, W))
-        with pytest.raises(DeviceError, match="expected an array on one device"):
+        with pytest.raises(DeviceError, match="expected an array on one device, or one that is replicated"):
             torch2jax(layer)(XS, WS)
+
+    @pytest.mark.parametrize("mesh", ["auto", "explicit"])
+    @pytest.mark.parametrize("size", [1, 400], ids=["small", "large"])
+    def test_eager_calls_on_replicated_arrays(mesh, size):
+        """Nothing has to be gathered: each device has a copy. After `set_mesh`, each new array is like that."""
+        mesh = MESH if mesh == "auto" else EXPLICIT
+        with jax.set_mesh(mesh):
+            x, w = (jax.device_put(jnp.tile(a, (size, 1) if a is X else (1, 1)), P()) for a in (X, W))
+            apply, params = convert_pytnn_to_jax(torch.nn.Linear(4, 2).double())
+            for f, g in ((torch2jax(layer), jax_layer), (torch2jax(layer, backend="xla"), jax_layer)):
+                out = f(x, w)
+                close(out, g(x, w))
+                assert out.sharding.is_equivalent_to(g(x, w).sharding, out.ndim)
+                close(f(x, W), g(x, w))
+                close(jax.grad(loss(f), argnums=(0, 1))(x, w), jax.grad(loss(g), argnums=(0, 1))(x, w))
+                close(jax.vmap(f, (0, None))(x[:, None], w), g(x, w)[:, None])
+            expected = x @ params["weight"].T + params["bias"]
+            close(apply(params, x), expected)
+            close(apply(jax.device_put(params, P()), x), expected)
+            step = jax.value_and_grad(lambda p: (apply(p, x) ** 2).sum())
+            moved = jax.tree.map(lambda p, g: p - 0.1 * g, params, step(params)[1])
+            assert np.isfinite(step(moved)[0])
+        np.testing.assert_array_equal(pytorch2jax.j2t(x), X if size == 1 else np.tile(X, (size, 1)))
 
     def test_declared_outputs_are_divided():
         f = torch2jax(layer, batch_axes=(0, None), output_shapes=jax.ShapeDtypeStruct((16, 6), X.dtype))
@@ -488,7 +512,7 @@ if jax.device_count() == N:
             for call, arguments in ((torch2jax(layer), (x, w)), (apply, (params, x))):
                 with pytest.raises(DeviceError, match="sharded along i.*`out_specs`.*reshard"):
                     jax.jit(call)(*arguments)
-            with pytest.raises(DeviceError, match="expected an array on one device"):
+            with pytest.raises(DeviceError, match="expected an array on one device, or one that is replicated"):
                 torch2jax(layer)(x, w)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ReplicationWarning)

@@ -199,11 +199,12 @@ def test_the_device_error():
 
     class Array:
         sharding = Spread()
+        is_fully_replicated = False
 
-    from pytorch2jax._transfer import check_one_device
+    from pytorch2jax._transfer import on_one_device
 
-    with pytest.raises(DeviceError, match=r"f: args.0: expected an array on one device, got one on 2.*device_put"):
-        check_one_device("f", "args.0", Array())
+    with pytest.raises(DeviceError, match=r"f: args.0: expected an array on one device, .* spread over 2.*device_put"):
+        on_one_device("f", "args.0", Array())
 
 
 def test_names_of_the_older_packages():
