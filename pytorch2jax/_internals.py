@@ -80,6 +80,7 @@ __all__ = [
     "is_fake",
     "is_functorch_active",
     "is_held_elsewhere",
+    "is_inside_autograd_function",
     "is_python_thread",
     "is_symbolic",
     "is_torch_node",
@@ -113,6 +114,7 @@ __all__ = [
     "unwrap_if_dead",
     "vary_together",
     "without_float_checks",
+    "without_subclasses",
     "x64_enabled",
 ]
 
@@ -591,6 +593,18 @@ def storage_users(tensor: torch.Tensor) -> int:
 def is_batched(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a batch inside of `torch.vmap`."""
     return bool(torch._C._functorch.is_batchedtensor(tensor))
+
+
+without_subclasses: Callable[[], contextlib.AbstractContextManager[Any]] = torch._C.DisableTorchFunctionSubclass
+_is_forward_grad_enabled: Callable[[], bool] = torch._C._is_fwd_grad_enabled
+
+
+def is_inside_autograd_function() -> bool:
+    """Whether the `forward` of a `torch.autograd.Function` runs.
+
+    Nothing else turns off grad mode and forward mode at once, but for `torch.inference_mode`.
+    """
+    return not (torch.is_grad_enabled() or _is_forward_grad_enabled() or torch.is_inference_mode_enabled())
 
 
 is_functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active

@@ -21,6 +21,7 @@ from pytorch2jax._attributes import Change, Held, Snapshot
 from pytorch2jax._errors import ConversionError
 from pytorch2jax._inference import Surroundings
 from pytorch2jax._params import Leaf, Slots
+from pytorch2jax._stand_in import StandIn, Values, stand_in
 
 
 class Skeleton:
@@ -29,7 +30,8 @@ class Skeleton:
     def __init__(self, model: nn.Module, leaves: Sequence[Leaf]) -> None:
         source = Slots(model)
         tensors = [source[leaf.slots[0]] for leaf in leaves]
-        self._placeholders = [_placeholder(t) for t in tensors]
+        self._values = Values([".".join(leaf.path) for leaf in leaves])
+        self._placeholders = [stand_in(t, self._values, i) for i, t in enumerate(tensors)]
         self._module, computed = _copy_without(model, tensors, self._placeholders)
         self._snapshot: Snapshot | None = None
         held = Snapshot(self._module).tensors
@@ -69,6 +71,7 @@ class Skeleton:
         return None
 
     def hold(self, own: list[torch.Tensor], variant: Hashable) -> None:
+        self._values.tensors = own
         for tables, tensor in zip(self._tables, own, strict=True):
             for table, name in tables:
                 table[name] = tensor
@@ -105,6 +108,7 @@ class Skeleton:
             self._lock.release()
 
     def _empty(self) -> None:
+        self._values.tensors = None
         for tables, placeholder in zip(self._tables, self._placeholders, strict=True):
             for table, name in tables:
                 table[name] = placeholder
@@ -149,22 +153,16 @@ class Skeleton:
 
     def constants(self, device: torch.device) -> list[torch.Tensor]:
         if device not in self._constants:
-            self._constants[device] = [t if t.device.type == "meta" else t.to(device) for t in self._held]
+            self._constants[device] = [t if isinstance(t, StandIn) else t.to(device) for t in self._held]
         return self._constants[device]
 
 
 def _other_places(held: Sequence[Held], tensors: Sequence[torch.Tensor]) -> dict[int, list[tuple[Any, Any]]]:
     """The attributes, lists, dicts and objects besides the slots that hold a parameter or buffer, by its id."""
     places: dict[int, list[tuple[Any, Any]]] = {id(t): [] for t in tensors}
-    for where, tensor, place in held:
-        if id(tensor) not in places:
-            continue
-        if place is None:
-            raise ConversionError(
-                f"convert: {where}: a parameter or buffer in a tuple, which cannot be exchanged. Keep it in a list, or "
-                "reach it through `self` of the module that owns it."
-            )
-        places[id(tensor)].append(place)
+    for _, tensor, place in held:
+        if id(tensor) in places and place is not None:  # in a tuple, a stand-in does
+            places[id(tensor)].append(place)
     return places
 
 
@@ -176,11 +174,6 @@ def _overrides_mode(module: nn.Module) -> bool:
 
 def _training_flags(module: nn.Module) -> list[tuple[nn.Module, bool]]:
     return [(m, m.training) for m in module.modules()]
-
-
-def _placeholder(tensor: torch.Tensor) -> torch.Tensor:
-    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-    return nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
 
 
 class _DeepcopyNonLeaves(TorchFunctionMode):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import dataclasses
+import functools
+import types
 import warnings
 
 import jax
@@ -415,3 +419,136 @@ def test_parameters_follow_others_to_their_device():
     for _ in range(3):
         params, n = step(params, n)
     assert step._cache_size() == 1
+
+
+# -- who holds a parameter -----------------------------------------------------------------------------------
+
+
+class ListOfOurs(list):
+    pass
+
+
+class DictOfOurs(dict):
+    pass
+
+
+class Slotted:
+    __slots__ = ("weight",)
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def __call__(self, x):
+        return x @ self.weight
+
+
+@dataclasses.dataclass(slots=True)
+class SlottedData:
+    weight: object
+
+
+class Scales(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return grad @ weight.t(), x.t() @ grad
+
+
+HOLDERS = {
+    "list": (lambda w: [w], lambda held, x: x @ held[0]),
+    "a subclass of list": (lambda w: ListOfOurs([w]), lambda held, x: x @ held[0]),
+    "a subclass of dict": (lambda w: DictOfOurs(w=w), lambda held, x: x @ held["w"]),
+    "slots": (Slotted, lambda held, x: x @ held.weight),
+    "a dataclass with slots": (SlottedData, lambda held, x: x @ held.weight),
+    "a bound call": (lambda w: Slotted(w).__call__, lambda held, x: held(x)),
+    "partial": (lambda w: functools.partial(torch.nn.functional.linear, weight=w), lambda held, x: held(x)),
+    "nested partials in a list": (
+        lambda w: [functools.partial(functools.partial(torch.mul, w), other=2.0)],
+        lambda held, x: x @ held[0](),
+    ),
+    "partial of an object": (lambda w: functools.partial(Slotted(w)), lambda held, x: held(x)),
+    "key of a dict": (lambda w: {w: 1}, lambda held, x: x @ next(iter(held))),
+    "list iterator": (lambda w: iter([w, w]), lambda held, x: x @ copy.copy(held).__next__()),
+    "tuple": (lambda w: (w, 1), lambda held, x: x @ held[0]),
+    "set": (lambda w: {w}, lambda held, x: x @ next(iter(held))),
+    "deque": (lambda w: collections.deque([w]), lambda held, x: x @ held[0]),
+    "a method of it": (lambda w: w.matmul, lambda held, x: held(x.t()).t()),
+    "namespace": (lambda w: types.SimpleNamespace(w=w), lambda held, x: x @ held.w),
+}
+
+
+class Holds(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.w = nn.Parameter(torch.arange(9.0).reshape(3, 3))
+        make, self.use = HOLDERS[kind]
+        self.held = make(self.w)
+
+    def forward(self, x):
+        return self.use(self.held, x) + self.w.sum()
+
+
+@pytest.mark.parametrize("backend", ["torch", "xla"])
+@pytest.mark.parametrize("kind", HOLDERS)
+def test_it_does_not_matter_who_holds_a_parameter(kind, backend):
+    """The value of a call reaches each holder, and the gradient comes back; or it is refused, and never made up."""
+    model, x = Holds(kind), torch.linspace(-1.0, 1.0, 6).reshape(2, 3)
+    try:
+        apply, params = convert_pytnn_to_jax(model, backend=backend)
+        outs = [apply(params, x.numpy()) for _ in range(3)]
+    except (StateError, ConversionError) as error:
+        assert kind == "a method of it", error  # noqa: PT017
+        return
+    params = {"w": 2 * params["w"] + 1}
+    with torch.no_grad():
+        expected = model(x)
+        model.w.mul_(2).add_(1)
+    for out in outs:
+        np.testing.assert_allclose(out, expected, rtol=1e-6)
+    loss = model(x).pow(2).sum()
+    loss.backward()
+    for transform in (lambda f: f, jax.jit):
+        value, gradient = transform(jax.value_and_grad(lambda p: (apply(p, x.numpy()) ** 2).sum()))(params)
+        np.testing.assert_allclose(value, loss.detach(), rtol=1e-6)
+        np.testing.assert_allclose(gradient["w"], model.w.grad, rtol=1e-5)
+
+
+def test_a_parameter_out_of_a_tuple_in_a_hand_written_gradient_is_refused():
+    """Autograd, which takes what it is passed for a constant, would give it a gradient of zero."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.eye(3))
+            self.held = (self.w,)
+
+        def forward(self, x):
+            return Scales.apply(x, self.held[0])
+
+    apply, params = convert_pytnn_to_jax(Model())
+    with pytest.raises(StateError, match=r"w: used by a torch.autograd.Function from somewhere else"):
+        apply(params, jnp.ones((2, 3)))
+
+
+def test_a_parameter_out_of_a_tuple_in_a_batch_of_torchs():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.arange(9.0).reshape(3, 3))
+            self.held = (self.w,)
+
+        def forward(self, x):
+            return torch.vmap(lambda row: x @ row)(self.held[0])
+
+    model = Model()
+    apply, params = convert_pytnn_to_jax(model)
+    expected = model(torch.ones(2, 3)).detach()
+    try:
+        np.testing.assert_allclose(apply(params, jnp.ones((2, 3))), expected)
+    except StateError as error:
+        assert "somewhere else" in str(error)  # noqa: PT017

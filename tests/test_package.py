@@ -160,6 +160,7 @@ ORDER = [
     "_params",
     "_weights",
     "_attributes",
+    "_stand_in",
     "_skeleton",
     "_module",
     "_jax_program",

@@ -228,14 +228,6 @@ def _forward_grad() -> Iterator[None]:
         torch._C._set_fwd_grad_enabled(before)
 
 
-def is_inside_unseen_function() -> bool:
-    """Whether the `forward` of a `torch.autograd.Function` runs here that no hook of `custom_functions` has seen.
-
-    Nothing else turns off grad mode and forward mode at once, but for `torch.inference_mode`.
-    """
-    return not (torch.is_grad_enabled() or is_forward_grad_enabled() or torch.is_inference_mode_enabled())
-
-
 _PATCH_OF_BATCH_NORM = threading.Lock()
 
 

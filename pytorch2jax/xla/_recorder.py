@@ -15,7 +15,7 @@ import jax
 import torch
 
 from pytorch2jax._errors import CaptureError
-from pytorch2jax._internals import HigherOrderOperator, TorchDispatchMode
+from pytorch2jax._internals import HigherOrderOperator, TorchDispatchMode, is_inside_autograd_function
 from pytorch2jax.xla import _writes as writes
 from pytorch2jax.xla._bridged import bridged
 from pytorch2jax.xla._decompositions import OPERATORS, bmm_with_one
@@ -24,7 +24,6 @@ from pytorch2jax.xla._internals import (
     OpOverload,
     aten,
     decomposition,
-    is_inside_unseen_function,
     is_traced_by_others,
 )
 from pytorch2jax.xla._registry import rule_for
@@ -204,7 +203,7 @@ class Recorder(TorchDispatchMode):
         else:
             outputs = tuple(Var(r.shape, r.dtype) if isinstance(r, torch.Tensor) else None for r in results)
             cut = self.cuts() and not detaches
-            if cut and is_inside_unseen_function():
+            if cut and is_inside_autograd_function():
                 self._unseen.update(var for var in outputs if var is not None)
             equation = Equation(func, tuple(given), named, outputs, several, cut, self.draw_of(func))
             self.equations.append(equation if rule_for(func) else bridged(equation))
@@ -223,7 +222,7 @@ class Recorder(TorchDispatchMode):
         self._detached.add(id(tensor))
         live = self.in_memory(tensor)
         cut = Var(live.shape, live.dtype)
-        if self.cuts() and is_inside_unseen_function():
+        if self.cuts() and is_inside_autograd_function():
             self._unseen.add(cut)
         self.equations.append(Equation(jax.lax.stop_gradient, (live,), {}, (cut,), False))
         self.note(tensor, cut, self.storage_of(tensor))
