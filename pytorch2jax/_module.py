@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import torch
 from torch import nn
 
 from pytorch2jax._arguments import take_apart
@@ -15,7 +16,17 @@ from pytorch2jax._engines import run as run_program
 from pytorch2jax._errors import ConversionError, InferenceError, RandomnessError
 from pytorch2jax._function import TorchFunction
 from pytorch2jax._options import Options, checked_backend
-from pytorch2jax._params import Leaf, arrays_of, check_module, check_shapes, flatten, layout_of, nest, own_tensors
+from pytorch2jax._params import (
+    Leaf,
+    arrays_of,
+    check_module,
+    check_shapes,
+    flatten,
+    is_dense,
+    layout_of,
+    nest,
+    own_tensors,
+)
 from pytorch2jax._rng import seed_from_key
 from pytorch2jax._sharding import splitting
 from pytorch2jax._skeleton import Skeleton
@@ -273,12 +284,34 @@ def _checked(model: nn.Module) -> nn.Module:
                 f"convert: {name or type(model).__name__}: a lazy module has no parameters yet. Run the model once "
                 "on an example input, then convert it."
             )
+        _check_tensors(name, module)
         if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized", "torch.ao.nn.intrinsic")):
             raise ConversionError(
                 f"convert: {name or type(model).__name__}: a quantised module ({type(module).__name__}) has packed "
                 "integer weights, which JAX cannot hold. Convert the model as it was before quantisation."
             )
     return model
+
+
+def _check_tensors(name: str, module: nn.Module) -> None:
+    """Raise where a module has parameters that JAX cannot hold, or one that torch itself stumbles over.
+
+    Buffers of such kinds stay in the module, as constants.
+    """
+    for tensor_name, tensor in module._parameters.items():
+        if tensor is not None and not is_dense(tensor):
+            kind = "nested tensor" if tensor.is_nested else type(tensor).__name__
+            kind = f"{kind} of layout {tensor.layout}" if tensor.layout != torch.strided else kind
+            raise ConversionError(
+                f"convert: {name + '.' if name else ''}{tensor_name}: expected a dense parameter, got a {kind}, which "
+                "JAX cannot hold. Keep its values in a dense parameter, and make it of them in `forward`."
+            )
+    if "training" in module._parameters or "training" in module._buffers:
+        raise ConversionError(
+            f"convert: {name or type(module).__name__}: expected the attribute `training` to be the module's mode, got "
+            "a parameter or buffer of that name, with which torch's own `train()` and `eval()` fail. Give it another "
+            "name."
+        )
 
 
 def _unwrapped(model: Any) -> Any:

@@ -87,7 +87,7 @@ def _leaves(model: nn.Module, table: Callable[[nn.Module], Mapping[str, Any]]) -
     # Every path counts, also a second one to the same submodule: the state_dict has them all.
     for module_name, module in model.named_modules(remove_duplicate=False):
         for name, tensor in table(module).items():
-            if tensor is not None:
+            if tensor is not None and is_dense(tensor):
                 slots.setdefault(id(tensor), []).append(Slot(module_name, name))
                 tensors.setdefault(id(tensor), tensor)
                 owners.setdefault(id(tensor), module)
@@ -104,6 +104,12 @@ def _leaves(model: nn.Module, table: Callable[[nn.Module], Mapping[str, Any]]) -
     )
 
 
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether JAX can hold a tensor: it is strided, and of no class that has values of its own kind."""
+    own_kind = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__  # MaskedTensor, DTensor
+    return not (own_kind or tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized)
+
+
 def _path(slot: Slot) -> Path:
     return (*slot.module.split("."), slot.name) if slot.module else (slot.name,)
 
@@ -118,6 +124,10 @@ class Slots:
         """The dict, of parameters or of buffers, that has the slot."""
         module = self._modules[slot.module]
         return module._parameters if slot.name in module._parameters else module._buffers
+
+    def place(self, slot: Slot) -> tuple[nn.Module, Any]:
+        """The module that has the slot, and its dict with it."""
+        return self._modules[slot.module], self.table(slot)
 
     def __getitem__(self, slot: Slot) -> torch.Tensor:
         """The tensor in a slot."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -18,7 +19,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from pytorch2jax._attributes import Change, Held, Snapshot
-from pytorch2jax._errors import ConversionError
+from pytorch2jax._errors import ConversionError, StateError
 from pytorch2jax._inference import Surroundings
 from pytorch2jax._params import Leaf, Slots
 from pytorch2jax._stand_in import StandIn, Values, stand_in
@@ -47,6 +48,8 @@ class Skeleton:
             [(slots.table(slot), slot.name) for slot in leaf.slots] + others[id(placeholder)]
             for leaf, placeholder in zip(leaves, self._placeholders, strict=True)
         ]
+        self._first_slots = [(*slots.place(leaf.slots[0]), leaf.slots[0].name) for leaf in leaves]
+        self._attributes = [(i, found) for i, t in enumerate(self._placeholders) if (found := _own_attributes(t))]
         # Buffers that a caller does not pass keep these values; parameters are always passed.
         self._held = [
             placeholder if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
@@ -65,13 +68,24 @@ class Skeleton:
     ) -> tuple[Any, list[torch.Tensor]]:
         self.hold(own, variant)
         out = self._module(*args, **kwargs)
-        return out, [tables[0][0][tables[0][1]] for tables in self._tables]
+        try:
+            return out, [tables[0][0][tables[0][1]] for tables in self._tables]
+        except KeyError:  # `del self.weight`; what comes in its place is a plain attribute, if it is no parameter
+            return out, [*map(self._after, self._first_slots, own)]
+
+    def _after(self, slot: tuple[nn.Module, Any, str], before: torch.Tensor) -> torch.Tensor:
+        """The tensor that is in a slot after a call, or in an attribute of that name; else the one before."""
+        module, table, name = slot
+        found = table[name] if name in table else vars(module).get(name, before)
+        return found if isinstance(found, torch.Tensor) else before
 
     def plain_function(self) -> None:
         return None
 
     def hold(self, own: list[torch.Tensor], variant: Hashable) -> None:
         self._values.tensors = own
+        for index, attributes in self._attributes:
+            vars(own[index]).update(attributes)
         for tables, tensor in zip(self._tables, own, strict=True):
             for table, name in tables:
                 table[name] = tensor
@@ -84,7 +98,8 @@ class Skeleton:
             self._module.train() if train else self._module.eval()
             return
         if train not in self._flags:
-            self._module.train(train)
+            if all(hasattr(module, "training") for module in self._module.modules()):
+                self._module.train(train)
             self._flags[train] = _training_flags(self._module)
         for module, training in self._flags[train]:
             if module.training is not training:  # `forward` may have changed it
@@ -119,11 +134,18 @@ class Skeleton:
     def learning(self) -> Iterator[None]:
         """Find out which plain attributes `forward` sets, to put them back after each call."""
         self._snapshot = Snapshot(self._module)
+        before = {id(module) for module in self._module.modules()}
         try:
             yield
         finally:
             self._learn()
             self._snapshot = None
+        made = [name for name, m in self._module.named_modules() if id(m) not in before and any(_tensors_of(m))]
+        if made:
+            raise StateError(
+                f"{type(self._module).__name__}: {', '.join(made)}: made in `forward`, with parameters or buffers that "
+                "JAX does not know of. Run the model once in torch on an example input, then convert it."
+            )
 
     def _learn(self) -> None:
         for change in self._snapshot.changes() if self._snapshot else ():
@@ -173,7 +195,7 @@ def _overrides_mode(module: nn.Module) -> bool:
 
 
 def _training_flags(module: nn.Module) -> list[tuple[nn.Module, bool]]:
-    return [(m, m.training) for m in module.modules()]
+    return [(m, m.training) for m in module.modules() if hasattr(m, "training")]  # frozen TorchScript has none
 
 
 class _DeepcopyNonLeaves(TorchFunctionMode):
@@ -200,10 +222,34 @@ def _copy_without(
     memo: dict[int, Any] = {id(t): p for t, p in zip(tensors, placeholders, strict=True)}
     try:
         with _DeepcopyNonLeaves() as non_leaves:
-            return copy.deepcopy(model, memo), non_leaves.copies
+            duplicate = copy.deepcopy(model, memo)
+            for new, old in zip(duplicate.modules(), model.modules(), strict=True):
+                _copy_slots(new, old, memo)
+            for placeholder, tensor in zip(placeholders, tensors, strict=True):
+                vars(placeholder).update(copy.deepcopy(_own_attributes(tensor), memo))
+            return duplicate, non_leaves.copies
     except Exception as error:
         raise ConversionError(
             f"convert: {type(model).__name__}: expected a module that `copy.deepcopy` can copy, got "
             f"{type(error).__name__}: {error}. Remove what cannot be copied (locks, open files, generators) "
             "from its attributes."
         ) from error
+
+
+def _tensors_of(module: nn.Module) -> Iterator[bool]:
+    return (tensor is not None for table in (module._parameters, module._buffers) for tensor in table.values())
+
+
+def _copy_slots(new: nn.Module, old: nn.Module, memo: dict[int, Any]) -> None:
+    """What a module has in `__slots__`, which `nn.Module` forgets when it is copied."""
+    for cls in type(old).__mro__:
+        slots = vars(cls).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            descriptor = vars(cls).get(name)  # by its mangled name it would be another one's
+            if inspect.ismemberdescriptor(descriptor) and hasattr(old, name):
+                descriptor.__set__(new, copy.deepcopy(descriptor.__get__(old), memo))
+
+
+def _own_attributes(tensor: torch.Tensor) -> dict[str, Any]:
+    """The attributes that a user has given to a tensor: `parameter.scale = 2.0`."""
+    return {name: value for name, value in vars(tensor).items() if not name.startswith("_")}

@@ -33,7 +33,7 @@ class Values:
 class StandIn(torch.Tensor):
     """A tensor without data that stands for one of a call; made by `stand_in`."""
 
-    _values: Values
+    _call: Values
     _number: int
     _is_param: bool  # by which torch knows an `nn.Parameter`
 
@@ -51,7 +51,7 @@ class StandIn(torch.Tensor):
         """Refuse, in a call: an operator took a stand-in for a tensor with data. Between calls it is one on `meta`."""
         found = [x for x in torch_pytree.tree_leaves((args, kwargs or {})) if isinstance(x, StandIn)]
         for stand_in in found:
-            if stand_in._values.tensors is not None:
+            if stand_in._call.tensors is not None:
                 raise _refused(stand_in, f"`{func}`")
         with torch._C._DisableTorchDispatch():
             return func(*args, **(kwargs or {}))
@@ -61,12 +61,12 @@ def stand_in(tensor: torch.Tensor, values: Values, number: int) -> torch.Tensor:
     """A tensor that stands for `values.tensors[number]`, with the shape and dtype of `tensor`."""
     empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
     made: StandIn = torch.Tensor._make_subclass(StandIn, empty, False)
-    made._values, made._number, made._is_param = values, number, isinstance(tensor, nn.Parameter)
+    made._call, made._number, made._is_param = values, number, isinstance(tensor, nn.Parameter)
     return made
 
 
 def _present(found: StandIn) -> torch.Tensor:
-    tensors = found._values.tensors
+    tensors = found._call.tensors
     if tensors is None:
         return found
     if is_inside_autograd_function():
@@ -77,7 +77,7 @@ def _present(found: StandIn) -> torch.Tensor:
 
 def _refused(found: StandIn, user: str) -> StateError:
     return StateError(
-        f"{found._values.names[found._number]}: used by {user} from somewhere else than the module's own attributes (a "
+        f"{found._call.names[found._number]}: used by {user} from somewhere else than the module's own attributes (a "
         "partial, a tuple, an object), where the parameters that JAX passes cannot get. Reach it through `self` of the "
         "module that owns it."
     )

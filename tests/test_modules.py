@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import pytorch2jax
 from pytorch2jax import (
     ConversionError,
     MissingLeafError,
@@ -552,3 +553,157 @@ def test_a_parameter_out_of_a_tuple_in_a_batch_of_torchs():
         np.testing.assert_allclose(apply(params, jnp.ones((2, 3))), expected)
     except StateError as error:
         assert "somewhere else" in str(error)  # noqa: PT017
+
+
+# -- odd modules ---------------------------------------------------------------------------------------------
+
+
+class HasSlots(nn.Module):
+    __slots__ = ("scale",)
+
+    def __init__(self):
+        super().__init__()
+        self.l, self.scale = nn.Linear(3, 2), 2.0
+
+    def forward(self, x):
+        return self.l(x) * self.scale
+
+
+class AttributeOfAParameter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(3))
+        self.w.scale, self.held = 2.0, (self.w,)
+
+    def forward(self, x):
+        return x * self.w * self.w.scale * self.held[0].scale
+
+
+class DeletesAndPutsBack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.l = nn.Linear(3, 2)
+
+    def forward(self, x):
+        weight = self.l.weight
+        del self.l.weight
+        self.l.weight = 2 * weight
+        out = self.l(x)
+        del self.l.weight
+        self.l.weight = weight
+        return out
+
+
+class MadeInForward(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.sub, self.l = None, nn.Linear(3, 2)
+
+    def forward(self, x):
+        if self.sub is None:
+            self.sub = nn.Tanh()
+        return self.sub(self.l(x))
+
+
+class SubmoduleNamedParams(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.params, self.batch_stats = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.params(x) + self.batch_stats(x)
+
+
+class SparseBuffer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.l = nn.Linear(3, 2)
+        self.register_buffer("unread", torch.eye(3).to_sparse())
+        self.register_buffer("nothing", None)
+
+    def forward(self, x):
+        return self.l(x)
+
+
+class ViewsOfOneTensor(nn.Module):
+    def __init__(self):
+        super().__init__()
+        whole = torch.arange(6.0).reshape(2, 3)
+        self.l, self.first, self.second, self.whole = nn.Linear(3, 3), whole[0], whole[1], whole
+
+    def forward(self, x):
+        return self.l(x) * self.first + self.second * self.whole
+
+
+def frozen():
+    return torch.jit.freeze(torch.jit.script(nn.Sequential(nn.Linear(3, 2), nn.ReLU()).eval()))
+
+
+ODD = [
+    HasSlots,
+    AttributeOfAParameter,
+    DeletesAndPutsBack,
+    MadeInForward,
+    SubmoduleNamedParams,
+    SparseBuffer,
+    ViewsOfOneTensor,
+    frozen,
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated")
+@pytest.mark.parametrize("backend", ["torch", "xla"])
+@pytest.mark.parametrize("make", ODD, ids=lambda make: make.__name__)
+def test_odd_modules(make, backend):
+    if (make, backend) == (frozen, "xla"):
+        pytest.skip("TorchScript reads values")
+    torch.manual_seed(0)
+    model, x = make(), torch.linspace(-1.0, 1.0, 6).reshape(2, 3)
+    apply, params = convert_pytnn_to_jax(model, backend=backend)
+    loss = model(x).pow(2).sum()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(loss, trainable) if trainable else ()
+    for call in (apply, jax.jit(apply), apply):
+        np.testing.assert_allclose(call(params, x.numpy()), model(x).detach(), rtol=1e-5, atol=1e-6)
+        gradients = jax.grad(lambda p, call=call: (call(p, x.numpy()) ** 2).sum())(params)
+        found = [params_to_state_dict(model, gradients)[name] for name, _ in model.named_parameters()]
+        for ours, theirs in zip(found, expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_odd_modules_that_are_refused_by_name():
+    x = jnp.ones((2, 3), jnp.float32)
+
+    class Makes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.sub = None
+
+        def forward(self, x):
+            if self.sub is None:
+                self.sub = nn.Linear(3, 2)
+            return self.sub(x)
+
+    for backend in ("torch", "xla"):
+        apply, params = convert_pytnn_to_jax(Makes(), backend=backend)
+        with pytest.raises(StateError, match="Makes: sub: made in `forward`.*Run the model once in torch"):
+            apply(params, x)
+    model = nn.Linear(3, 2)
+    model._parameters["training"] = nn.Parameter(torch.ones(3))
+    with pytest.raises(ConversionError, match="Linear: expected the attribute `training` to be the module's mode"):
+        convert_pytnn_to_jax(model)
+    model, linen = SubmoduleNamedParams(), pytorch2jax.convert_pytnn_to_flax(SubmoduleNamedParams())[0]()
+    variables = linen.init(jax.random.key(0), x)
+    with pytest.raises(ConversionError, match="expected no submodule called `params`.*inside of another Linen module"):
+        linen.apply(variables, x)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of .*ensors is in prototype stage")
+def test_parameters_that_jax_cannot_hold_are_named():
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    masked = torch.masked.masked_tensor(torch.ones(3), torch.tensor([True, False, True]))
+    for value, kind in ((nested, "a nested tensor"), (masked, "a MaskedTensor"), (torch.eye(2).to_sparse(), "sparse")):
+        model = nn.Sequential(nn.Linear(2, 2))
+        model[0].weight = nn.Parameter(value)
+        with pytest.raises(ConversionError, match=rf"convert: 0.weight: expected a dense parameter, got .*{kind}"):
+            convert_pytnn_to_jax(model)

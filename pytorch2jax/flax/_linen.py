@@ -9,12 +9,13 @@ from types import FrameType
 from typing import Any, ClassVar
 
 import flax.core.meta
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import torch
 
-from pytorch2jax._errors import StateError
+from pytorch2jax._errors import ConversionError, StateError
 from pytorch2jax._module import ConvertedModule
 from pytorch2jax._params import Leaf, Path, flatten, leaf_in, nest
 
@@ -91,6 +92,20 @@ class _TorchModule(nn.Module):
     """
 
     torch_module: ClassVar[ConvertedModule]
+
+    @nn.nowrap
+    def apply(self, *args: Any, **kwargs: Any) -> Any:
+        """As Linen's; with a reason where Linen takes a submodule called `params` for a mistake."""
+        try:
+            return super().apply(*args, **kwargs)
+        except flax.errors.ApplyScopeInvalidVariablesStructureError as error:
+            if all(leaf.path[0] != _PARAMS for leaf in self.torch_module.layout.params):
+                raise
+            raise ConversionError(
+                f"{self.torch_module.name}: expected no submodule called `params`, which Linen's `apply` takes for a "
+                "collection inside of a collection, got one. Rename it, call the module inside of another Linen "
+                "module, or use `convert_pytnn_to_nnx` or `convert_pytnn_to_jax`."
+            ) from error
 
     @nn.compact
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -84,7 +84,13 @@ class Recorder(TorchDispatchMode):
 
     def in_memory(self, tensor: torch.Tensor) -> Var:
         """What is in the memory of a tensor that has been seen, with the derivative of what has been written there."""
-        read = self.storage_of(tensor).read(geometry_of(tensor))
+        storage = self.storage_of(tensor)
+        read = storage.read(geometry_of(tensor))
+        key = tensor.untyped_storage()._cdata
+        if read is None and key in self._foreign and not storage.version:  # another view of a constant
+            read = Var(tensor.shape, tensor.dtype)
+            self.constants[read] = tensor
+            storage.add(geometry_of(tensor), read)
         if read is None:
             raise CaptureError(
                 f"{self.name}: expected views that JAX can follow, got a tensor of {tensor.dtype} that shares memory "
