@@ -279,6 +279,14 @@ class Program(abc.ABC):
     def _failure(self, failures: list[Exception]) -> Exception:
         first, last = failures[0], failures[-1]
         chain = list(self.chain())
+        if any(p.forward_mode for p in chain) and "modified by an inplace operation" in str(last):
+            error = UnsupportedTransformError(
+                f"{self.describe()}: torch cannot compute this derivative, because the function writes in place to a "
+                f"tensor that its backward pass needs: {_first_line(last)} Make a new tensor there (`y = y + 1` for "
+                "`y.add_(1)`)."
+            )
+            error.__cause__ = last
+            return error
         if len(chain) == 1 or len(failures) == 1 or str(first) == str(last) or not _is_unsupported(last):
             return last
         error = UnsupportedTransformError(

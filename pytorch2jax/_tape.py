@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from pytorch2jax._buffers import Buffers
+from pytorch2jax._errors import OptionError
 from pytorch2jax._inference import Spec
 from pytorch2jax._internals import (
     GradientEdge,
@@ -49,8 +50,10 @@ class use_tape:  # noqa: N801
 
     With the tape, which is on by default, a gradient costs what torch's costs, because the forward pass runs once.
     Torch then keeps what it saved in the forward pass until the backward pass. Without it the backward pass runs
-    the forward pass again. The numbers are the same. The environment variable `PYTORCH2JAX_TAPE=0` turns it off
-    from the start.
+    the forward pass again. The numbers are the same but for rounding: what torch's libraries compute may differ in its
+    last bits with the alignment of memory, and memory is not the same in the two cases. The environment variable
+    `PYTORCH2JAX_TAPE=0` (or `false`, `no`, `off`) turns it off from the start; other values than these and their
+    opposites are an `OptionError` at import.
 
     The setting counts when a program runs and when JAX traces. A program that was traced with the tape on asks
     for one forward pass more than necessary when it runs with it off.
@@ -126,11 +129,25 @@ class Entry:
         return storage_users(self.sources[index]) > 1 + (index in self.program.active)
 
 
+_ON, _OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
+
+def _is_on(variable: str) -> bool:
+    """Whether an environment variable says yes; it does if it is empty or not there."""
+    value = os.environ.get(variable, "").strip().lower()
+    if value not in ("", *_ON, *_OFF):
+        raise OptionError(
+            f"{variable}: expected {', '.join(_ON)} or {', '.join(_OFF)} in the environment, got {value!r}. Unset it "
+            "for the default."
+        )
+    return value not in _OFF
+
+
 class Tape:
     """The graphs that are kept, by number."""
 
     def __init__(self) -> None:
-        self.enabled = os.environ.get("PYTORCH2JAX_TAPE", "1") != "0"
+        self.enabled = _is_on("PYTORCH2JAX_TAPE")
         self.last = threading.local()
         self._entries: collections.OrderedDict[int, Entry] = collections.OrderedDict()
         self._evicted: collections.deque[int] = collections.deque(maxlen=_MAX_ENTRIES)

@@ -259,3 +259,34 @@ def test_a_hessian_of_a_module_with_respect_to_its_parameters():
     eps = 1e-5
     expected = (jax.grad(f)(flat + eps * v) - jax.grad(f)(flat - eps * v)) / (2 * eps)
     np.testing.assert_allclose(jax.hessian(f)(flat) @ v, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_jvp_that_writes_in_place_to_what_it_needs_is_refused():
+    def fn(x):
+        with torch.no_grad():
+            shift = x.sum()  # for which torch's forward mode is not used
+        y = x.exp()
+        y.add_(shift)
+        return y
+
+    x = jnp.linspace(0.1, 1.0, 4)
+    with pytest.raises(UnsupportedTransformError, match=r"jvp\(.*fn\): .*writes in place.*Make a new tensor"):
+        jax.jvp(torch2jax(fn), (x,), (x,))
+    f = torch2jax(fn, backend="xla")
+    np.testing.assert_allclose(jax.jvp(f, (x,), (x,))[1], np.exp(x) * x)
+
+
+def test_forward_mode_of_a_backward_that_is_not_linear_is_refused_by_the_second_engine():
+    class Clips(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad.clamp(-1, 1)
+
+    f, x = torch2jax(Clips.apply, backend="xla"), jnp.ones(3)
+    np.testing.assert_array_equal(jax.grad(lambda x: (5 * f(x)).sum())(x), np.ones(3))
+    with pytest.raises(UnsupportedTransformError, match="expected reverse mode.*backward is not linear"):
+        jax.jvp(f, (x,), (x,))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import gc
+import os
 import subprocess
 import sys
 import threading
@@ -438,19 +439,6 @@ def test_a_donated_argument_of_an_eager_vjp():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), pull(jnp.ones((3, 2))), expected)
 
 
-def test_the_environment_variable():
-    program = "import pytorch2jax._tape as t; print(t.TAPE.enabled)"
-    for value, enabled in (("0", "False"), ("1", "True")):
-        out = subprocess.run(
-            [sys.executable, "-c", program],
-            env={"PYTORCH2JAX_TAPE": value, "PYTHONPATH": ":".join(sys.path)},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert out.stdout.strip() == enabled
-
-
 def _wide(x, w):
     return torch.relu(x @ w.repeat(1, 40_000)).mean(1)  # its gradients are large
 
@@ -550,3 +538,33 @@ def test_a_function_that_returns_something_else_in_a_later_call():
     with pytest.raises(FAILED, match="expected torch.float64"):
         jax.block_until_ready(step(X))
     assert len(TAPE) == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "printed"),
+    [
+        ("0", "False"),
+        ("false", "False"),
+        ("OFF", "False"),
+        ("No", "False"),
+        ("", "True"),
+        ("1", "True"),
+        (" on ", "True"),
+    ],
+)
+def test_the_environment_variable(value, printed):
+    program = "import pytorch2jax._tape as tape; print(tape.TAPE.enabled)"
+    done = _run(program, value)
+    assert done.stdout.strip() == printed, done.stderr
+
+
+def test_a_misspelt_environment_variable_is_an_error():
+    done = _run("import pytorch2jax", "flase")
+    assert "OptionError: PYTORCH2JAX_TAPE: expected 1, true, yes, on or 0, false, no, off" in done.stderr
+    assert "'flase'" in done.stderr
+
+
+def _run(program, value):
+    environment = {**os.environ, "PYTORCH2JAX_TAPE": value}
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)

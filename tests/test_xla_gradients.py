@@ -432,6 +432,24 @@ def test_second_derivatives_for_each_example():
     assert_same(torch2jax(laplacian)(arrays([X[0]])[0]), laplacian(X[0]))
 
 
+def _jacobian_of_what_is_made_inside(x):
+    return torch.vmap(
+        torch.func.jacfwd(lambda r: (r * torch.arange(4.0, dtype=r.dtype)).sin() + torch.tensor([1.0] * 4))
+    )(x)
+
+
+def _jacobian_of_a_table(x):
+    return torch.vmap(torch.func.jacfwd(lambda r: (r * TABLE).sum() * torch.ones(3, dtype=r.dtype)))(x)
+
+
+TABLE = torch.linspace(1.0, 2.0, 4, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("fn", [_jacobian_of_what_is_made_inside, _jacobian_of_a_table])
+def test_jacobians_for_each_example(fn):
+    assert_same(torch2jax(fn)(arrays([X[0]])[0]), fn(X[0]))
+
+
 # -- what is refused -------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.utils import _pytree as pytree
 
 import pytorch2jax
+from pytorch2jax import DtypeError
 
 NAN, INF = float("nan"), float("inf")
 
@@ -446,3 +447,87 @@ def test_batch_norm_with_the_average_over_all_batches():
         np.testing.assert_allclose(out, model(batch).detach(), rtol=1e-10)
     for name, buffer in model.named_buffers():
         np.testing.assert_allclose(state[name], buffer, rtol=1e-12)
+
+
+# -- what JAX may be told to forbid --------------------------------------------------------------------------
+
+
+class Layers(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.batch = torch.nn.Linear(8, 4), torch.nn.LayerNorm(4), torch.nn.BatchNorm1d(4)
+        self.convolution, self.attention = torch.nn.Conv1d(1, 2, 3), torch.nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        y = self.batch(self.norm(self.first(x)).relu())
+        z = self.convolution(y[:, None]).sum((1, 2)) * 2 + torch.arange(x.shape[0])
+        return z[:, None] + self.attention(y[None], y[None], y[None])[0][0]
+
+
+@pytest.mark.parametrize(
+    "strict", [lambda: jax.numpy_rank_promotion("raise"), lambda: jax.numpy_dtype_promotion("strict")]
+)
+@pytest.mark.parametrize("train", [False, True])
+def test_what_jax_forbids_in_users_functions(strict, train):
+    torch.manual_seed(0)
+    model, x = Layers().train(train), torch.linspace(-1.0, 1.0, 24).reshape(3, 8)
+    apply, params, state = pytorch2jax.convert_pytnn_to_jax(model, with_state=True, backend="xla")
+    loss = model(x).pow(2).sum()
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    with strict():
+
+        def total(params):
+            out = apply(params, state, x.numpy(), train=train)[0]
+            return (out**2).sum(), out
+
+        for transform in (lambda f: f, jax.jit):
+            gradients, out = transform(jax.grad(total, has_aux=True))(params)
+            np.testing.assert_allclose((out**2).sum(), loss.detach(), rtol=1e-4)
+            found = dict(jax.tree_util.tree_leaves_with_path(gradients))
+            for (name, _), theirs in zip(model.named_parameters(), expected, strict=True):
+                ours = next(leaf for path, leaf in found.items() if ".".join(k.key for k in path) == name)
+                np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+# -- bits as another dtype -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("x64", [True, False])
+@pytest.mark.parametrize(
+    "source", [torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool, torch.complex64]
+)
+@pytest.mark.parametrize(
+    "target",
+    [
+        torch.bool,
+        torch.uint8,
+        torch.int16,
+        torch.bfloat16,
+        torch.float32,
+        torch.int64,
+        torch.float64,
+        torch.complex64,
+        torch.complex128,
+    ],
+)
+def test_views_of_bits(source, target, x64):
+    """The same bits as torch's, or an error where JAX has half of them."""
+    bits = (torch.arange(64) % 2).to(torch.uint8)
+    x = bits.view(source).reshape(2, -1)
+
+    def fn(x):
+        return x.view(target)
+
+    wide = (torch.int64, torch.float64, torch.complex128)
+    if not x64 and source in wide:
+        pytest.skip("JAX has no such arrays")
+    with jax.enable_x64(x64):
+        f, array = pytorch2jax.torch2jax(fn, backend="xla"), pytorch2jax.t2j(x, copy=True)
+        if not x64 and target in wide:
+            with pytest.raises(DtypeError, match="expected tensors whose bits JAX has"):
+                f(array)
+            return
+        out, expected = f(array), fn(x)
+    assert out.shape == tuple(expected.shape)
+    assert out.dtype == pytorch2jax.dtype_t2j(target)
+    assert np.asarray(out).tobytes() == expected.contiguous().view(torch.uint8).numpy().tobytes()

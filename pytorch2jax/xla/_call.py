@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from pytorch2jax._bound import BoundFunction
-from pytorch2jax._errors import BridgedWarning
+from pytorch2jax._errors import BridgedWarning, UnsupportedTransformError
 from pytorch2jax.xla._bridged import Bridged
 from pytorch2jax.xla._capture import capture
 from pytorch2jax.xla._graph import Graph
@@ -55,7 +55,21 @@ def _translated(program: BoundFunction) -> Callable[..., list[Any]]:
         return evaluate(graph, constants, [*inputs[:first], *values, *inputs[first:]], key)
 
     call.__name__ = call.__qualname__ = program.name
-    return jax.jit(call)
+    compiled = jax.jit(call)
+
+    def checked(inputs: list[Any], key: Any) -> list[Any]:
+        try:
+            return compiled(inputs, key)
+        except TypeError as error:
+            if "custom_vjp" not in str(error):
+                raise
+            raise UnsupportedTransformError(
+                f"{program.name}: expected reverse mode (jax.grad, jax.vjp), got forward mode (jax.jvp, jax.jacfwd) of "
+                "a torch.autograd.Function whose backward is not linear in the gradient that it gets (it clips it), so "
+                "that it is the derivative of no function."
+            ) from error
+
+    return checked
 
 
 def _tell_about_bridged(program: BoundFunction, graph: Graph) -> None:

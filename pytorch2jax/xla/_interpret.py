@@ -67,6 +67,12 @@ def run(equations: Sequence[Equation], env: dict[Var, Any], key: Any) -> None:
     Raises:
         NarrowingError: an integer does not fit into what JAX has for it.
     """
+    # Rules are written for JAX as it comes, whatever the user has forbidden in functions of their own.
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        _run(equations, env, key)
+
+
+def _run(equations: Sequence[Equation], env: dict[Var, Any], key: Any) -> None:
     narrow = narrowed(torch.int64) is torch.int32
     for equation in equations:
         if narrow:

@@ -15,7 +15,11 @@ import jax
 import torch
 
 from pytorch2jax._errors import CaptureError
-from pytorch2jax._internals import HigherOrderOperator, TorchDispatchMode, is_inside_autograd_function
+from pytorch2jax._internals import (
+    HigherOrderOperator,
+    TorchDispatchMode,
+    is_inside_autograd_function,
+)
 from pytorch2jax.xla import _writes as writes
 from pytorch2jax.xla._bridged import bridged
 from pytorch2jax.xla._decompositions import OPERATORS, bmm_with_one
@@ -157,6 +161,9 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if kwargs.get("device") == _META:
+            # Where `torch.func` batches fake tensors, they say that they are there, and others are made to follow them.
+            kwargs = {**kwargs, "device": _HOST}
         if self._asleep:
             return func(*args, **kwargs)
         if isinstance(func, HigherOrderOperator):
@@ -303,6 +310,7 @@ class Recorder(TorchDispatchMode):
         return not torch.is_grad_enabled() and self._depth == 0
 
 
+_META, _HOST = torch.device("meta"), torch.device("cpu")
 _INEXACT = frozenset(
     d for d in vars(torch).values() if isinstance(d, torch.dtype) and (d.is_floating_point or d.is_complex)
 )

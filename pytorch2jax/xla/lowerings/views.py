@@ -7,15 +7,18 @@ Operators whose names end with `_copy` compute the same. A view for which there 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch
 from jax import lax
 
 from pytorch2jax._dtypes import canonical_dtype_t2j
+from pytorch2jax._errors import DtypeError
 from pytorch2jax.xla._registry import Out, lowers
 from pytorch2jax.xla._sizes import are_numbers, count, place, slice_of, with_slice
 
@@ -57,8 +60,15 @@ def reshape(x: jax.Array, *how: Any, out: Out) -> jax.Array:
 @lowers("aten.view.dtype", "aten.view_copy.dtype")
 def view_dtype(x: jax.Array, dtype: Any, *, out: Out) -> jax.Array:
     target = canonical_dtype_t2j(dtype)
+    narrow = target.itemsize != out.torch_dtype.itemsize
+    if are_numbers(*x.shape, *out.shape) and (narrow or x.nbytes != math.prod(out.shape) * target.itemsize):
+        raise DtypeError(
+            f"aten.view.dtype: expected tensors whose bits JAX has, got a view of them as {dtype} while jax_enable_x64 "
+            "is off, where tensors of 64 bits (and complex ones of 128) have half of them. Call "
+            "`jax.config.update('jax_enable_x64', True)`, or use `backend=\"torch\"`."
+        )
     if target == np.bool_:
-        return x != 0
+        return view_dtype(x, torch.uint8, out=out._replace(torch_dtype=torch.uint8)) != 0
     source = x.astype(np.uint8) if x.dtype == np.bool_ else x
     if jnp.issubdtype(source.dtype, jnp.complexfloating):
         source = view_as_real(source)
