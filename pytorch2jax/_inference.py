@@ -21,7 +21,7 @@ from pytorch2jax._dtypes import canonical_dtype_t2j, dtype_j2t
 from pytorch2jax._errors import InferenceError, LeafTypeError, Pytorch2JaxError, StateError
 from pytorch2jax._internals import fake_tensor_mode
 from pytorch2jax._torch_state import differentiable_kernels, forked_generators, host_generators
-from pytorch2jax._tracking import Exposure, Tracker, forget
+from pytorch2jax._tracking import Exposure, Tracker, forget, no_operator_on_functions, operator_on_functions
 from pytorch2jax._trees import CONSTANTS, OutputTree, flatten_output, output_paths, static_outputs
 
 
@@ -141,6 +141,9 @@ def infer(
         except Pytorch2JaxError:
             raise
         except Exception as error:
+            operator = operator_on_functions(error)
+            if operator is not None:
+                raise InferenceError(f"{name}: {no_operator_on_functions(operator)}") from error
             raise InferenceError(
                 f"{name}: running it once to learn its outputs failed: {type(error).__name__}: {error}\n"
                 f"Inputs: {', '.join(f'{s.path}: {s.dtype}{list(s.shape)}' for s in inputs) or 'none'}. "

@@ -411,11 +411,6 @@ def test_distributions_are_told_not_to_look_at_their_arguments():
         torch2jax(log_prob)(arrays([X])[0])
 
 
-def test_operators_on_functions_are_refused():
-    with pytest.raises(CaptureError, match="cond: an operator on functions"):
-        torch2jax(lambda x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)))(arrays([X])[0])
-
-
 def test_there_are_two_engines():
     with pytest.raises(OptionError, match="backend: expected 'torch' or 'xla', got 'tpu'"):
         pytorch2jax.torch2jax(torch.sin, backend="tpu")

@@ -20,6 +20,7 @@ from pytorch2jax._internals import (
     TorchDispatchMode,
     is_inside_autograd_function,
 )
+from pytorch2jax._tracking import no_operator_on_functions
 from pytorch2jax.xla import _writes as writes
 from pytorch2jax.xla._bridged import bridged
 from pytorch2jax.xla._decompositions import OPERATORS, bmm_with_one
@@ -167,10 +168,7 @@ class Recorder(TorchDispatchMode):
         if self._asleep:
             return func(*args, **kwargs)
         if isinstance(func, HigherOrderOperator):
-            raise CaptureError(
-                f"{self.name}: {func}: an operator on functions, which cannot be translated. "
-                'Use `backend="torch"`, which runs it as it is.'
-            )
+            raise CaptureError(f"{self.name}: {no_operator_on_functions(func.name())}")
         if is_traced_by_others():
             raise CaptureError(
                 f"{self.name}: expected a function that torch runs, got one that traces its operators itself "
