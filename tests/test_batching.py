@@ -160,3 +160,37 @@ def test_a_declared_way_to_batch_stays():
     with warnings.catch_warnings():
         warnings.simplefilter("error", LoopWarning)
         np.testing.assert_allclose(jax.vmap(jax.grad(f))(x), 3 * x**2)
+
+
+# -- found in use -----------------------------------------------------------------------------------------------
+
+KEY = jax.random.key(0)
+
+
+@pytest.mark.parametrize("index", [0, 2, -1])
+def test_gradients_of_a_batch_of_select_scatter(index):
+    """Torch's, through its own `vmap`, are too large by the length of the axis."""
+    f = torch2jax(lambda x, y: torch.select_scatter(x, y, 1, index) * x)
+    x, y = jax.random.normal(KEY, (3, 2, 4)), jax.random.normal(KEY, (3, 2))
+
+    def gradient(x, y):
+        return jax.grad(lambda x, y: (f(x, y) ** 3).sum(), argnums=(0, 1))(x, y)
+
+    expected = jax.tree.map(lambda *rows: jnp.stack(rows), *map(gradient, x, y))
+    np.testing.assert_allclose(jax.vmap(gradient)(x, y)[0], expected[0])
+    np.testing.assert_allclose(jax.vmap(gradient)(x, y)[1], expected[1])
+
+
+@pytest.mark.filterwarnings("ignore::pytorch2jax.LoopWarning")
+@pytest.mark.parametrize("axis", [0, 1])
+def test_examples_of_a_loop_have_memory_of_their_own(axis):
+    """They were views of the batch, of which `as_strided` with an offset saw the first example."""
+
+    def scatter(x, y):
+        return torch.as_strided_scatter(x, y, (2,), (1,), 1)
+
+    x, y = jnp.arange(12.0).reshape(3, 4), jnp.array([-1.0, -2.0])
+    batch = x if axis == 0 else x.T
+    out = jax.vmap(torch2jax(scatter), in_axes=(axis, None))(batch, y)
+    expected = np.stack([scatter(torch.tensor(row), torch.tensor(np.array(y))) for row in np.array(x)])
+    np.testing.assert_array_equal(out, expected)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from jax.experimental.layout import Format, Layout
+from torch import nn
 
 from pytorch2jax import (
     TorchCallError,
@@ -28,6 +29,7 @@ from pytorch2jax import (
     torch2jax,
     use_tape,
 )
+from pytorch2jax._bound import BoundFunction
 from pytorch2jax._program import Program
 
 SMALL, LARGE = jnp.linspace(0.0, 1.0, 6).reshape(2, 3), jnp.linspace(0.0, 1.0, 640_000).reshape(800, 800)
@@ -438,7 +440,7 @@ FORKED = """
 import os
 from pytorch2jax import _ffi
 child = os.fork()
-print(_ffi._Lease(print, print).number, flush=True)
+os.write(1, f"{_ffi._Lease(print, print).number}\\n".encode())
 if child:
     os.waitpid(child, 0)
 """
@@ -568,3 +570,105 @@ def test_the_call_on_cuda_is_not_left_out_either_if_its_results_are_empty():
     empty, full = torch2jax(lambda x: x[:0]), torch2jax(lambda x: x * 2)
     assert "has_side_effect = true" in lowered(empty, SMALL)
     assert "has_side_effect = true" not in lowered(full, SMALL)
+
+
+# -- found in use -----------------------------------------------------------------------------------------------
+
+
+def test_disable_jit():
+    with jax.disable_jit():
+        np.testing.assert_allclose(torch2jax(torch.sin)(jnp.ones(2)), np.sin(1.0))
+        np.testing.assert_allclose(jax.grad(lambda x: torch2jax(torch.sin)(x).sum())(jnp.ones(2)), np.cos(1.0))
+
+
+def test_a_function_that_calls_itself_while_it_is_traced():
+    def f(x):
+        if x.shape[0] > 2:
+            return x.sum()
+        return x * float(g(jnp.ones(3)))
+
+    g = torch2jax(f)
+    done = []
+
+    def call():
+        try:
+            done.append(g(jnp.ones(2)))
+        except RuntimeError as error:  # it may be refused, but it may not hang
+            done.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(timeout=60)
+    assert done
+
+
+def test_python_integers_that_jax_wraps():
+    f = torch2jax(lambda x, i: x * i)
+    value, pull = jax.vjp(f, jnp.ones(2), 3)
+    assert value.tolist() == [3.0, 3.0]
+    assert pull(jnp.ones(2))[1].dtype == jax.dtypes.float0
+
+
+def test_numpy_integers_inside_of_a_trace(x32):
+    apply, params = convert_pytnn_to_jax(nn.Embedding(10, 3))
+    ids = np.array([[1, 2]])
+    np.testing.assert_array_equal(jax.jit(lambda p: apply(p, ids))(params), apply(params, ids))
+
+
+def count():
+    gc.collect()
+    return sum(type(o) is BoundFunction for o in gc.get_objects())
+
+
+def test_models_that_were_called_are_freed():
+    x = jnp.ones((1, 4), jnp.float32)
+
+    def use():
+        apply, params = convert_pytnn_to_jax(nn.Linear(4, 4))
+        apply(params, x)
+        jax.grad(lambda p: apply(p, x).sum())(params)
+        jax.vmap(lambda x: apply(params, x))(x)
+
+    use()
+    before = count()
+    for _ in range(5):
+        use()
+    assert count() <= before + 1
+
+
+def test_programs_for_static_values_are_bounded():
+    from pytorch2jax import _function
+
+    f = torch2jax(lambda x, n: x * n)
+    before = count()
+    for n in range(_function._KEPT_PROGRAMS + 50):
+        jax.eval_shape(lambda x, n=n: f(x, n), jnp.ones(()))
+    assert count() <= before + _function._KEPT_PROGRAMS + 5
+
+
+@pytest.mark.parametrize("size", [3, 500_000])
+def test_zeros_without_memory(size):
+    """Torch has tensors of zeros that lie nowhere; reading their address ended the process."""
+    f = torch2jax(torch.abs)
+    x = jnp.linspace(-1.0, 1.0, size)
+
+    def pull(x, c):
+        return jax.vjp(f, x)[1](c)[0]
+
+    def twice(x, c):
+        return jax.vjp(pull, x, c)[1](c)
+
+    for run in (twice, jax.jit(twice)):
+        by_primals, by_cotangents = run(x, jnp.cos(x))
+        assert by_primals.unsafe_buffer_pointer() != 0
+        np.testing.assert_array_equal(by_primals, np.zeros(size))
+        np.testing.assert_allclose(by_cotangents, np.sign(x) * np.cos(x))
+
+
+def test_calls_without_results_run():
+    """XLA left them out: a function that returned nothing on the values that it was tried on returned nothing ever."""
+    f = torch2jax(torch.argwhere)  # tried on zeros
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"expected torch.int64\[0, 1\].*got torch.int64\[2, 1\]"):
+        jax.jit(f)(jnp.array([1, 0, 2]))
+    assert jax.jit(f)(jnp.zeros(3, jnp.int64)).shape == (0, 1)
+    assert jax.jit(torch2jax(lambda x: x[:0]))(jnp.ones(3)).shape == (0,)

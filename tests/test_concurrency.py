@@ -560,3 +560,38 @@ if EIGHT:
         in_threads(*[lambda: counts.append(train(step) and threads())] * 4)
         counts.append(threads())
         assert max(counts) - before <= 2 * os.cpu_count() + 4 + 4  # XLA starts some late; four that call
+
+
+# -- found in use -----------------------------------------------------------------------------------------------
+
+
+def test_forward_mode_in_several_threads():
+    """Torch counts the levels of forward mode in a global variable; a thread lost its tangents to another one."""
+
+    def fn(x):
+        for _ in range(20):
+            x = torch.tanh(x @ x)
+        return x.sum()
+
+    f = torch2jax(fn)
+    push = jax.jit(lambda x: jax.jvp(f, (x,), (x,))[1])
+    arrays = [jnp.linspace(0.1, 0.2 * i, 100).reshape(10, 10) for i in range(1, 5)]
+    expected = [float(push(x)) for x in arrays]
+    wrong = []
+
+    def work(i):
+        for _ in range(50):
+            if abs(float(push(arrays[i])) - expected[i]) > 1e-9 * abs(expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong

@@ -8,9 +8,10 @@ import jax.test_util
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from pytorch2jax import convert_pytnn_to_jax, torch2jax, use_tape
+from pytorch2jax import UnsupportedTransformError, convert_pytnn_to_jax, torch2jax, use_tape
 
 X, W = jnp.linspace(-0.9, 1.1, 6).reshape(2, 3), jnp.linspace(0.3, -0.8, 6).reshape(3, 2)
 
@@ -149,3 +150,196 @@ def test_layers_by_finite_differences(name, train):
     np.testing.assert_allclose(reverse, expected, rtol=1e-6, atol=1e-8)
     forward = jax.jit(lambda: jax.jvp(loss, (point,), (direction,))[1])()
     np.testing.assert_allclose(forward, expected, rtol=1e-6, atol=1e-8)
+
+
+# -- found in use -----------------------------------------------------------------------------------------------
+
+KEY = jax.random.key(0)
+
+
+def test_inference_mode_around_a_gradient():
+    gradient = jax.jit(jax.grad(lambda x: torch2jax(torch.sin)(x).sum()))
+    expected = gradient(jnp.ones(1))
+    with torch.inference_mode():
+        np.testing.assert_array_equal(gradient(jnp.ones(1)), expected)
+        np.testing.assert_array_equal(jax.grad(lambda x: torch2jax(torch.sin)(x).sum())(jnp.ones(1)), expected)
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.exp()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0].exp()
+
+
+class NumpyBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.exp()
+
+    @staticmethod
+    def backward(ctx, g):
+        return torch.from_numpy(g.detach().numpy() * np.exp(ctx.saved_tensors[0].detach().numpy()))
+
+
+@pytest.mark.parametrize("function", [OnceDifferentiable, NumpyBackward])
+def test_a_backward_that_cannot_be_differentiated_is_an_error_and_no_zero(function):
+    f = torch2jax(lambda x: function.apply(x) + x.sin())
+    x = jnp.zeros(2)
+    np.testing.assert_allclose(jax.grad(lambda x: f(x).sum())(x), 2.0)
+    for derivative in (
+        lambda: jax.jvp(f, (x,), (x + 1,)),
+        lambda: jax.jacfwd(f)(x),
+        lambda: jax.hessian(lambda x: f(x).sum())(x),
+        lambda: jax.grad(lambda x: jax.grad(lambda x: f(x).sum())(x).sum())(x),
+    ):
+        with pytest.raises((UnsupportedTransformError, RuntimeError), match=r"differentia"):
+            derivative()
+
+
+def test_operators_of_aten_themselves_have_right_second_derivatives():
+    def fused(x):
+        return torch.ops.aten.layer_norm(x, [4]).tanh() + torch.native_layer_norm(x, [4], None, None, 1e-5)[0]
+
+    def plain(x):
+        mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+        normed = (x - mean) / jnp.sqrt(variance + 1e-5)
+        return jnp.tanh(normed) + normed
+
+    x = jax.random.normal(KEY, (2, 4))
+    v = jnp.cos(x)
+    f = torch2jax(fused)
+
+    def second(f):
+        def first(x):
+            return jax.jvp(lambda x: (f(x) ** 2).sum() + f(x)[0, 0], (x,), (v,))[1]
+
+        return jax.jvp(first, (x,), (v,))[1], jax.grad(first)(x)
+
+    for ours, theirs in zip(second(f), second(plain), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-8)
+
+
+def test_linear_transpose_of_a_linear_function():
+    f = torch2jax(lambda x, y: 3 * x * y)
+    y = jnp.array([1.0, 2.0])
+    (out,) = jax.linear_transpose(lambda x: f(x, y), jnp.ones(2))(jnp.array([1.0, 10.0]))
+    assert out.tolist() == [3.0, 60.0]
+
+
+def test_forward_mode_respects_no_grad():
+    def f(w):
+        with torch.no_grad():
+            frozen = w * w
+        return (frozen * w).sum()
+
+    g, w = torch2jax(f), jnp.array([2.0, 3.0])
+    assert jax.grad(g)(w).tolist() == [4.0, 9.0]
+    assert jax.jacfwd(g)(w).tolist() == [4.0, 9.0]
+    assert jnp.diag(jax.hessian(g)(w)).tolist() == [0.0, 0.0]
+    batch = jnp.stack([w, 2 * w])
+    np.testing.assert_array_equal(jax.vmap(jax.jacfwd(g))(batch), batch**2)
+
+
+@pytest.mark.parametrize(
+    "write", [lambda g: g.data.mul_(2), lambda g: g.mul_(2), lambda g: np.multiply(g.numpy(), 2, out=g.numpy())]
+)
+def test_a_backward_that_writes_to_its_cotangent(write):
+    class Writes(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, g):
+            write(g)
+            return g
+
+    cotangent = jnp.ones(3)
+    _, pull = jax.vjp(torch2jax(lambda x: Writes.apply(x)), jnp.ones(3))
+    for _ in range(2):
+        assert pull(cotangent)[0].tolist() == [2.0] * 3
+    assert cotangent.tolist() == [1.0] * 3
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+def test_reentrant_checkpoints_have_a_gradient():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh()).double()
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(self.model, x * 1.0, use_reentrant=True)
+
+    apply, params = convert_pytnn_to_jax(Checkpointed())
+    plain, inner = convert_pytnn_to_jax(model)
+    x = jax.random.normal(KEY, (2, 3))
+    for _ in range(2):
+        gradient = jax.grad(lambda p, x: (apply(p, x) ** 2).sum(), argnums=(0, 1))(params, x)
+        expected = jax.grad(lambda p, x: (plain(p, x) ** 2).sum(), argnums=(0, 1))(inner, x)
+        np.testing.assert_allclose(gradient[1], expected[1])
+        np.testing.assert_allclose(gradient[0]["model"]["0"]["weight"], expected[0]["0"]["weight"])
+
+
+def test_saved_statistics_have_no_derivative():
+    """The mean and scale that torch's normalisations return besides have none in torch, whatever the order."""
+    x, c = torch.randn(4, 3, dtype=torch.float64), [torch.randn(s, dtype=torch.float64) for s in ((4, 3), (3,), (3,))]
+
+    def norm(x):
+        return torch.native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)
+
+    leaf = x.clone().requires_grad_()
+    first = torch.autograd.grad(norm(leaf)[0], leaf, c[0], create_graph=True)[0]
+    expected = torch.autograd.grad(first, leaf, torch.cos(x))[0]
+    cotangents = tuple(jnp.array(t.numpy()) for t in c)
+    f = torch2jax(norm)
+
+    def pull(x):
+        return jax.vjp(f, x)[1](cotangents)[0]
+
+    got = jax.vjp(pull, jnp.array(x.numpy()))[1](jnp.cos(x.numpy()))[0]
+    np.testing.assert_allclose(got, expected, rtol=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse ", "ignore::pytorch2jax.LoopWarning")
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: x.to_sparse().to_dense() * 2,
+        lambda x: torch.sparse.mm(x.to_sparse(), x),
+        lambda x: x.to_sparse_csr() @ x,
+        lambda x: torch.sparse_coo_tensor(torch.tensor([[0, 1], [1, 2]]), x[0, :2], (3, 3)).to_dense() * x,
+    ],
+    ids=["to_sparse", "sparse.mm", "csr", "of a part of x"],
+)
+def test_sparse_tensors_inside(fn):
+    """They have no memory of their own that could be asked for, which ended each call with an error."""
+    x = jnp.array([[0.0, 2.0, 0.0], [1.0, 0.0, 3.0], [0.0, 0.0, 4.0]])
+    tensor = torch.from_numpy(np.array(x)).requires_grad_()
+    expected = fn(tensor)
+    (gradient,) = torch.autograd.grad((expected**2).sum(), tensor)
+    f = torch2jax(fn)
+
+    def loss(x):
+        return (f(x) ** 2).sum()
+
+    for run in (lambda f: f, jax.jit):
+        np.testing.assert_allclose(run(f)(x), expected.detach())
+        np.testing.assert_allclose(run(jax.grad(loss))(x), gradient)
+    np.testing.assert_allclose(jax.vmap(f)(jnp.stack([x, 2 * x]))[0], expected.detach())
+
+
+def test_second_derivatives_of_an_empty_normalisation():
+    """Torch takes an empty vector for a batch without examples."""
+    empty = jnp.zeros(0)
+    f = torch2jax(lambda x, mean, var: F.batch_norm(x, mean, var))
+    assert jax.hessian(lambda x: f(x, empty, empty).sum())(empty).shape == (0, 0)

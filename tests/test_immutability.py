@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from pytorch2jax import convert_pytnn_to_jax, torch2jax
+from pytorch2jax import StateError, convert_pytnn_to_jax, torch2jax
 
 
 def _numpy_write(x):
@@ -206,3 +206,58 @@ def test_shared_parameters_follow_torch_as_documented():
     with torch.no_grad():
         model.weight.zero_()
     np.testing.assert_array_equal(params["weight"], 0)
+
+
+# -- found in use -----------------------------------------------------------------------------------------------
+
+
+def test_arguments_that_a_function_keeps_are_copies():
+    kept = []
+    f = torch2jax(lambda x: (kept.append(x), x * 2)[1])
+    x = jnp.arange(5.0)
+    f(x)
+    address = x.unsafe_buffer_pointer()
+    assert all(t.data_ptr() != address for t in kept)
+    assert kept[-1].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_write_that_depends_on_values():
+    def f(x):
+        if x.sum() > 100:
+            x.add_(1)
+        return x * 2
+
+    g = jax.jit(torch2jax(f))
+    g(jnp.zeros(3))
+    c = jnp.full(3, 100.0)
+    assert g(c).tolist() == [202.0] * 3
+    assert c.tolist() == [100.0] * 3
+
+
+def test_a_write_that_depends_on_earlier_calls_is_an_error():
+    calls = []
+
+    def f(x):
+        calls.append(1)
+        if len(calls) > 3:
+            x[0] = 99.0
+        return x * 2
+
+    g = torch2jax(f)
+    x = jnp.ones(3)
+    g(x)
+    g(x)
+    with pytest.raises(StateError, match="wrote to an input in place"):
+        g(x)
+    x = jnp.ones(3)
+    assert g(x).tolist() == [198.0, 2.0, 2.0]
+    assert x.tolist() == [1.0] * 3
+
+
+def test_an_output_argument_that_is_written_to_when_nobody_watches():
+    """Torch's `matrix_rank` leaves `out` as it is while its operators are watched, as they are at trace time."""
+    f = torch2jax(lambda x, out: torch.linalg.matrix_rank(x, out=out))
+    x, out = jnp.eye(3), jnp.zeros((), jnp.int64)
+    for run in (f, jax.jit(f)):
+        assert run(x, out) == 3
+        assert out == 0

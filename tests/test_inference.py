@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import subprocess
+import sys
 from collections import OrderedDict, namedtuple
 
 import jax
@@ -324,3 +327,62 @@ def test_autocast_around_the_first_call_keeps_no_fake_tensors(backend):
         ours = torch2jax(lambda x: linear(x), backend=backend)(t2j(x))
         theirs = linear(x).detach()
     np.testing.assert_allclose(np.asarray(ours, np.float32), theirs.float(), atol=1e-2)
+
+
+# -- found in use -----------------------------------------------------------------------------------------------
+
+
+def test_a_cache_of_the_user_is_not_filled_with_fake_tensors():
+    cache = {}
+
+    def f(x):
+        if x.shape not in cache:
+            cache[x.shape] = (torch.arange(x.shape[0]).to(x.dtype),)
+        return x + cache[x.shape][0]
+
+    assert torch2jax(f)(jnp.ones(3)).tolist() == [1.0, 2.0, 3.0]
+    assert f(torch.ones(3)).tolist() == [1.0, 2.0, 3.0]
+
+
+def test_an_lru_cache_is_not_filled_with_fake_tensors():
+    @functools.lru_cache
+    def positions(n):
+        return torch.arange(n)
+
+    f = torch2jax(lambda x: x + positions(x.shape[0]))
+    assert f(jnp.ones(3)).tolist() == [1.0, 2.0, 3.0]
+    assert positions(3).tolist() == [0, 1, 2]
+
+
+def test_a_cache_that_cannot_be_emptied_is_an_error():
+    class Keeper:
+        mask = None
+
+    keeper = Keeper()
+
+    def f(x):
+        if keeper.mask is None:
+            keeper.mask = torch.arange(3.0)
+        return x * keeper.mask
+
+    with pytest.raises(InferenceError, match="keeps tensors from one call to the next"):
+        torch2jax(f)(jnp.ones(3))
+
+
+def test_after_torch_has_forbidden_to_set_its_flags():
+    """As `torch.testing` does. Every call was then tried on made-up values, and second order failed."""
+    program = """
+import jax, jax.numpy as jnp, torch
+torch.backends.disable_global_flags()
+from pytorch2jax import torch2jax
+f = torch2jax(lambda q: torch.nn.functional.scaled_dot_product_attention(q, q, q))
+calls = []
+g = torch2jax(lambda x: calls.append(type(x).__name__) or torch.linalg.cholesky(x))
+assert jax.eval_shape(g, jnp.eye(3)).shape == (3, 3)
+assert calls == ["FakeTensor"], calls
+assert jax.jacfwd(jax.grad(lambda q: f(q).sum()))(jnp.ones((1, 2, 3))).shape == (1, 2, 3, 1, 2, 3)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr

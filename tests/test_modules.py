@@ -707,3 +707,255 @@ def test_parameters_that_jax_cannot_hold_are_named():
         model[0].weight = nn.Parameter(value)
         with pytest.raises(ConversionError, match=rf"convert: 0.weight: expected a dense parameter, got .*{kind}"):
             convert_pytnn_to_jax(model)
+
+
+# -- found in use -----------------------------------------------------------------------------------------------
+
+
+def test_objects_inside_of_a_module_are_put_back():
+    class Box:
+        mask = None
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.box, self.nested = Box(), [[None]]
+            self.box.mask = None
+
+        def forward(self, x):
+            if self.box.mask is None:
+                self.box.mask = torch.arange(3.0)
+            if self.nested[0][0] is None:
+                self.nested[0][0] = torch.arange(3.0)
+            return x * self.box.mask + self.nested[0][0]
+
+    apply, params = convert_pytnn_to_jax(Model())
+    for _ in range(2):
+        assert apply(params, jnp.ones(3, jnp.float32)).tolist() == [0.0, 2.0, 4.0]
+
+
+def test_a_module_that_streams_is_refused():
+    class Streaming(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = nn.LSTMCell(3, 4)
+            self.hidden = None
+
+        def forward(self, x):
+            self.hidden = self.cell(x, self.hidden)
+            return self.hidden[0]
+
+    apply, params = convert_pytnn_to_jax(Streaming())
+    with pytest.raises(StateError, match=r"hidden: the forward pass keeps here what it computes from its arguments"):
+        apply(params, jnp.ones((2, 3), jnp.float32))
+
+
+@pytest.mark.parametrize("write", [lambda m, x: setattr(m, "ema", x.mean()), lambda m, x: m.ema.copy_(x.mean())])
+def test_state_that_changes_on_some_calls_only_is_an_error(write):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("n", torch.zeros((), dtype=torch.int64))
+            self.register_buffer("ema", torch.zeros((), dtype=torch.float64))
+
+        def forward(self, x):
+            self.n += 1
+            if self.n % 2 == 0:
+                write(self, x)
+            return x
+
+    apply, params, state = convert_pytnn_to_jax(Model(), with_state=True)
+    _, state = apply(params, state, jnp.ones(3))
+    with pytest.raises(StateError):
+        apply(params, state, jnp.ones(3))
+
+
+def test_parameters_that_forward_changes_are_an_error():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            with torch.no_grad():
+                self.w.mul_(0.5)
+            return x * self.w
+
+    apply, params = convert_pytnn_to_jax(Model())
+    with pytest.raises(StateError, match=r"params\.w: a parameter that the forward pass changes"):
+        apply(params, jnp.ones(3))
+
+
+def test_an_embedding_that_is_renormalised():
+    model = nn.Embedding(5, 3, max_norm=0.5)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    apply, params = convert_pytnn_to_jax(model)
+    out = apply(params, jnp.array([1, 2]))
+    np.testing.assert_allclose(np.linalg.norm(out, axis=1), 0.5, rtol=1e-5)
+    np.testing.assert_array_equal(params["weight"], 1.0)
+
+
+def test_a_closure_over_the_original_module_is_an_error_and_no_zero():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(3))
+            self.f = lambda x: x * self.w
+
+        def forward(self, x):
+            return self.f(x)
+
+    model = Model()
+    apply, params = convert_pytnn_to_jax(model)
+    with pytest.raises(StateError, match=r"w: used by the forward pass from somewhere else"):
+        apply(params, jnp.ones(3))
+
+
+def test_parameters_in_plain_lists():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+            self.both = [self.a, self.b]
+
+        def forward(self, x):
+            return x * self.both[0] + self.both[1]
+
+    apply, params = convert_pytnn_to_jax(Model())
+    x = jnp.full(3, 2.0, jnp.float32)
+    gradient = jax.grad(lambda p: apply(p, x).sum())(params)
+    assert gradient["a"].tolist() == [2.0] * 3
+    assert gradient["b"].tolist() == [1.0] * 3
+
+
+def test_load_params_into_a_model_that_shares_its_memory():
+    model = nn.Linear(3, 3)
+    _, params = convert_pytnn_to_jax(model, copy=False)
+    load_params(model, jax.tree.map(lambda p: p * 2, params))
+    assert torch.isfinite(model.weight).all()
+
+
+class Holder:
+    pass
+
+
+@pytest.mark.parametrize("where", ["object", "nested list"])
+def test_parameters_in_objects_and_nested_lists(where):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(3, 3))
+            self.holder = Holder()
+            self.holder.w = self.w if where == "object" else [[self.w]]
+
+        def forward(self, x):
+            return x @ (self.holder.w if where == "object" else self.holder.w[0][0])
+
+    apply, params = convert_pytnn_to_jax(Model())
+    x = jnp.arange(3.0, dtype=jnp.float32)
+    assert apply(params, x).tolist() == [3.0] * 3
+    assert jax.grad(lambda p: apply(p, x).sum())(params)["w"].tolist() == [[0.0] * 3, [1.0] * 3, [2.0] * 3]
+
+
+@pytest.mark.parametrize("override", ["train", "eval"])
+def test_train_and_eval_that_do_more_than_setting_flags(override):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.temperature = nn.Linear(3, 3), 1.0
+
+        def forward(self, x):
+            return self.linear(x) * self.temperature
+
+    def train(self, mode=True):
+        nn.Module.train(self, mode)
+        self.temperature = 1.0 if mode else 0.1
+        return self
+
+    def evaluate(self):
+        self.temperature = 0.1
+        return nn.Module.eval(self)
+
+    setattr(Model, override, train if override == "train" else evaluate)
+    model = Model()
+    apply, params = convert_pytnn_to_jax(model)
+    x = torch.ones(2, 3)
+    for _ in range(2):
+        training = apply(params, jnp.ones((2, 3), jnp.float32), train=True)
+        np.testing.assert_allclose(training, model.linear(x).detach(), rtol=1e-6)
+        evaluation = apply(params, jnp.ones((2, 3), jnp.float32))
+        np.testing.assert_allclose(evaluation, 0.1 * model.linear(x).detach(), rtol=1e-6)
+
+
+def test_weights_that_are_fused_when_training_ends():
+    class Fused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.fused = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3)), None
+
+        def train(self, mode=True):
+            super().train(mode)
+            self.fused = None if mode else self.a * self.b
+            return self
+
+        def forward(self, x):
+            return x * (self.a * self.b if self.fused is None else self.fused)
+
+    apply, params = convert_pytnn_to_jax(Fused().eval())
+    x = jnp.full(3, 2.0, jnp.float32)
+    assert apply(jax.tree.map(lambda p: 3 * p, params), x).tolist() == [18.0] * 3
+    assert jax.grad(lambda p: apply(p, x).sum())(params)["a"].tolist() == [2.0] * 3
+
+
+def test_what_was_computed_from_parameters_before_conversion_is_refused():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(3))
+            self.doubled = self.w * 2
+
+        def forward(self, x):
+            return x * self.doubled
+
+    apply, params = convert_pytnn_to_jax(Model())
+    with pytest.raises(StateError, match="doubled: used by the forward pass"):
+        apply(params, jnp.ones(3))
+
+
+@pytest.mark.parametrize("value", [lambda: torch.zeros(()), lambda: np.zeros(1)])
+def test_plain_tensors_and_arrays_that_are_changed_in_place(value):
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.n = nn.Linear(3, 3), value()
+
+        def forward(self, x):
+            self.n += 1
+            return self.linear(x) * float(self.n.item())
+
+    apply, params = convert_pytnn_to_jax(Counts())
+    x = jnp.ones((2, 3), jnp.float32)
+    if isinstance(value(), torch.Tensor):
+        with pytest.raises(StateError, match=r"n: a tensor that the forward pass writes to and that is no buffer"):
+            apply(params, x)
+    else:  # it is put back
+        first = apply(params, x)
+        np.testing.assert_array_equal(apply(params, x), first)
+
+
+def test_a_closure_is_seen_where_values_are_read_too():
+    base = nn.Linear(3, 3)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base = base
+            self.fn = lambda z: base(z)
+
+        def forward(self, x):
+            return x if x.abs().max().item() > 1e6 else self.fn(x)
+
+    apply, params = convert_pytnn_to_jax(Model())
+    with pytest.raises(StateError, match="used by the forward pass from somewhere else"):
+        apply(params, jnp.ones((1, 3), jnp.float32))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 import torch
 from flax import nnx
+from torch import nn
 
 from pytorch2jax import RandomnessError, convert_pytnn_to_nnx, load_params
 from pytorch2jax.flax import Buffer
@@ -203,3 +206,24 @@ def test_orbax_round_trip(model, module, tmp_path):
         restored = checkpointer.restore(tmp_path / "state", nnx.to_pure_dict(abstract))
     nnx.replace_by_pure_dict(abstract, restored)
     np.testing.assert_array_equal(nnx.merge(graph, abstract)(X), module(X))
+
+
+# -- found in use -----------------------------------------------------------------------------------------------
+
+KEY = jax.random.key(0)
+
+
+def test_copies_and_views_of_nnx_modules():
+    from flax import nnx
+
+    from pytorch2jax import convert_pytnn_to_equinox, convert_pytnn_to_nnx
+
+    module = convert_pytnn_to_nnx(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)))
+    x = jnp.ones((20, 3), jnp.float32)
+    np.testing.assert_array_equal(copy.deepcopy(module)(x), module(x))
+    assert (np.asarray(nnx.view(module, deterministic=False)(x, rngs=KEY)) == 0).any()
+    plain = convert_pytnn_to_nnx(nn.Linear(3, 3))
+    plain(x, train=True, rngs=nnx.Rngs(params=0))  # draws nothing
+    with pytest.raises(RandomnessError, match="expected a stream `dropout`"):
+        module(x, train=True, rngs=nnx.Rngs(params=0))
+    copy.deepcopy(convert_pytnn_to_equinox(nn.Linear(3, 3)))(x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -165,3 +167,123 @@ def test_without_a_key_a_checkpoint_would_see_other_numbers_and_is_refused():
     with_key = jax.checkpoint(lambda x: f(x, rng=KEY))
     value, pull = jax.vjp(with_key, jnp.ones(100))
     np.testing.assert_array_equal(pull(jnp.ones(100))[0], value)
+
+
+# -- found in use -----------------------------------------------------------------------------------------------
+
+
+def test_masks_do_not_depend_on_strides():
+    f = torch2jax(lambda x: F.dropout(x.T, 0.5))
+    x = jnp.arange(1.0, 13.0).reshape(3, 4)
+
+    def h(x):
+        return f(x, rng=KEY)
+
+    np.testing.assert_array_equal(jax.jvp(h, (x,), (x,))[1], h(x))
+    np.testing.assert_array_equal(jax.jit(jax.vmap(h))(x[None])[0], h(x))
+    np.testing.assert_array_equal(jax.vmap(h, in_axes=-1, out_axes=-1)(x[..., None])[..., 0], h(x))
+    np.testing.assert_array_equal(jnp.einsum("abcd,cd->ab", jax.jacrev(h)(x), x), h(x))
+    np.testing.assert_array_equal(jnp.einsum("abcd,cd->ab", jax.jacfwd(h)(x), x), h(x))
+
+
+def test_a_transformer_layer_in_train_mode_in_every_mode():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.3, activation="gelu", batch_first=True).double()
+    apply, params = convert_pytnn_to_jax(layer)
+    x = jax.random.normal(KEY, (2, 3, 8))
+    v = jnp.cos(x)
+
+    def f(x):
+        return (jnp.sin(x) * apply(params, x, rng=KEY, train=True) ** 3).sum()
+
+    expected = (f(x + 1e-6 * v) - f(x - 1e-6 * v)) / 2e-6
+    np.testing.assert_allclose(jax.jvp(f, (x,), (v,))[1], expected, rtol=1e-6)
+    np.testing.assert_allclose(jnp.vdot(jax.grad(f)(x), v), expected, rtol=1e-6)
+    np.testing.assert_allclose(jax.vmap(f)(x[None]), f(x)[None], rtol=1e-10)
+    second = (jax.grad(f)(x + 1e-6 * v) - jax.grad(f)(x - 1e-6 * v)) / 2e-6
+    np.testing.assert_allclose(jax.jvp(jax.grad(f), (x,), (v,))[1], second, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("draw", [lambda: float(np.random.rand()), lambda: __import__("random").random()])
+def test_numpy_and_python_draw_from_the_key_too(draw):
+    g = torch2jax(lambda x: x * draw())
+    before = np.random.get_state()[1].copy()
+    assert g(jnp.ones(()), rng=KEY) == g(jnp.ones(()), rng=KEY)
+    value, gradient = jax.value_and_grad(g)(jnp.ones(()))
+    assert value == gradient
+    np.testing.assert_array_equal(np.random.get_state()[1], before)
+
+
+def test_a_generator_of_its_own_is_refused():
+    generator = torch.Generator()
+    f = torch2jax(lambda x: x * torch.rand(3, generator=generator))
+    with pytest.raises(RandomnessError, match=r"torch.Generator of its own"):
+        f(jnp.ones(3), rng=KEY)
+
+
+def test_drawing_on_some_values_only_is_an_error():
+    f = torch2jax(lambda x: x * torch.rand_like(x) if x.sum() > 0 else x * 2)
+    f(-jnp.ones(2))
+    with pytest.raises(RandomnessError, match="draws random numbers on these values"):
+        f(jnp.ones(2))
+
+
+def test_tracing_in_another_thread_does_not_disturb_the_numbers():
+    draw = torch2jax(lambda x: x * torch.rand(50))
+    jitted = jax.jit(lambda x, k: draw(x, rng=k))
+    x = jnp.ones(50)
+    expected = jitted(x, KEY)
+    stop = threading.Event()
+
+    def trace():
+        n = 1
+        while not stop.is_set():
+            torch2jax(lambda x: x * (torch.rand(1).item() > 2))(jnp.ones(n))
+            n += 1
+
+    thread = threading.Thread(target=trace)
+    thread.start()
+    try:
+        for _ in range(100):
+            np.testing.assert_array_equal(jitted(x, KEY), expected)
+    finally:
+        stop.set()
+        thread.join(timeout=60)
+    assert not thread.is_alive()
+
+
+def test_randomness_in_a_backward_comes_from_the_key():
+    class Noisy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * torch.rand_like(g)
+
+    f = torch2jax(lambda x: Noisy.apply(F.dropout(x, 0.5)))
+    before = torch.get_rng_state()
+
+    def gradient(key):
+        return jax.grad(lambda x: f(x, rng=key).sum())(jnp.ones(50))
+
+    np.testing.assert_array_equal(gradient(KEY), gradient(KEY))
+    assert not np.array_equal(gradient(KEY), gradient(jax.random.key(1)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_checkpointed_dropout_on_a_transposed_tensor():
+    def segment(h):
+        return F.dropout(h.t(), 0.5) * h.t()
+
+    def plain(x):
+        return segment(x).sum(1)
+
+    def checkpointed(x):
+        return torch.utils.checkpoint.checkpoint(segment, x, use_reentrant=False).sum(1)
+
+    x = jnp.cos(jnp.arange(12.0)).reshape(3, 4)
+    wrapped = [torch2jax(f) for f in (plain, checkpointed)]
+    ours, theirs = (jax.grad(lambda x, f=f: (f(x, rng=KEY) ** 2).sum())(x) for f in wrapped)
+    np.testing.assert_allclose(ours, theirs)

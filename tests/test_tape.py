@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pytorch2jax import Pytorch2JaxError, _bound, _tape, convert_pytnn_to_jax, torch2jax, use_tape
@@ -568,3 +569,28 @@ def _run(program, value):
     environment = {**os.environ, "PYTORCH2JAX_TAPE": value}
     command = [sys.executable, "-c", program]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+# -- found in use -----------------------------------------------------------------------------------------------
+
+KEY = jax.random.key(0)
+
+
+def test_a_batch_norm_that_is_called_twice_in_one_gradient():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
+    apply, params, state = convert_pytnn_to_jax(model, with_state=True)
+    x = jax.random.normal(KEY, (8, 3))
+
+    def two(params):
+        first, middle = apply(params, state, x, train=True)
+        second, _ = apply(params, middle, 2 * x)
+        return (first**3).sum() + (second**2).sum()
+
+    gradient = jax.jit(jax.grad(two))(params)
+    tensor = torch.from_numpy(np.array(x))
+    first = model.train()(tensor)
+    ((first**3).sum() + (model.eval()(2 * tensor) ** 2).sum()).backward()
+    np.testing.assert_allclose(gradient["0"]["weight"], model[0].weight.grad, rtol=1e-8)
+    np.testing.assert_allclose(jax.jacfwd(two)(params)["0"]["weight"], model[0].weight.grad, rtol=1e-8)
+    carried = jax.lax.scan(lambda s, x: apply(params, s, x, train=True)[::-1], state, jnp.stack([x, x]))[0]
+    assert carried["1"]["num_batches_tracked"] == 2

@@ -219,3 +219,16 @@ def test_names_of_the_older_packages():
     assert isinstance(back["b"][1], torch.Tensor)
     assert back["a"][1] is None
     assert pytorch2jax.Size is torch.Size
+
+
+# -- found in use -----------------------------------------------------------------------------------------------
+
+
+def test_zeros_without_memory_become_an_array():
+    x, c = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    gradient = torch.autograd.grad(x.abs(), x, c, create_graph=True)[0]
+    zeros = torch.autograd.grad(gradient.sum(), x)[0]
+    assert zeros.data_ptr() == 0
+    array = t2j(zeros)
+    assert array.unsafe_buffer_pointer() != 0
+    assert array.tolist() == [0.0, 0.0, 0.0]
