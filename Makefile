@@ -6,8 +6,10 @@ STAMP := $(VENV)/.installed
 BENCH_VENV := .venv-bench
 BENCH_STAMP := $(BENCH_VENV)/.installed
 
+PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=worksteal
+
 .DEFAULT_GOAL := help
-.PHONY: help env test stress endurance conformance conformance-xla versions lint format demo bench clean
+.PHONY: help env test test-all test-rest stress endurance conformance conformance-xla versions lint format demo bench clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -21,8 +23,14 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
 	touch $(STAMP)
 
-test: $(STAMP) ## Run the tests
-	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal $(PYTEST_ARGS)
+test: $(STAMP) ## Run the tests, each room and each kind of case (five minutes)
+	$(PYTEST) -m 'not exhaustive' $(PYTEST_ARGS)
+
+test-all: $(STAMP) ## Run the tests, all cases (twenty minutes)
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-rest: $(STAMP) ## Run what `make test` leaves out of `make test-all`
+	$(PYTEST) -m exhaustive $(PYTEST_ARGS)
 
 stress: $(STAMP) ## Compare thousands of random programs with the tape and without it (an hour)
 	PYTORCH2JAX_STRESS_PROGRAMS=3000 PYTORCH2JAX_PROGRAMS=3000 \

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -82,12 +83,12 @@ class Case:
     def __str__(self) -> str:
         return self.name
 
-    def build(self) -> tuple[Callable[..., Any], Callable[..., Any], list[torch.Tensor]]:
+    def build(self, engine: str = "tape") -> tuple[Callable[..., Any], Callable[..., Any], list[torch.Tensor]]:
         """The torch function, the JAX function, and inputs."""
         torch.manual_seed(1)
         fn = self.make()
         inputs = [torch.randn(shape, dtype=torch.float64) for shape in self.shapes]
-        return fn, pytorch2jax.torch2jax(fn), inputs
+        return fn, pytorch2jax.torch2jax(fn, backend="xla" if engine == "xla" else "torch"), inputs
 
 
 def _case(name: str, fn: Callable[..., Any], *shapes: tuple[int, ...], **options: Any) -> Case:
@@ -123,6 +124,34 @@ CASES = [
 ]
 
 
+REFUSED = ("memory address", "reads a value")
+"""Cases that `backend="xla"` refuses."""
+
+
+def table(
+    cases: Sequence[Case], engines: Sequence[str], quick: Sequence[str], without: Sequence[str] = ()
+) -> list[Any]:
+    """Cases × engines, as parameters of a fixture; each is a case and the name of an engine.
+
+    Args:
+        cases: the rows.
+        engines: some of `"tape"`, `"recomputed"` (`backend="torch"` without the tape, to be asked for where gradients
+            of first order are tested, because nothing else depends on the tape) and `"xla"`.
+        quick: the names of those cases that `make test` runs; the others, and all that is recomputed, are exhaustive.
+        without: the names of those that are not for `"xla"`, besides those that it refuses.
+    """
+    return [
+        pytest.param(
+            (case, engine),
+            id=f"{case}-{engine}",
+            marks=() if case.name in quick and engine != "recomputed" else pytest.mark.exhaustive,
+        )
+        for case in cases
+        for engine in engines
+        if engine != "xla" or case.name not in (*REFUSED, *without)
+    ]
+
+
 def arrays(tensors: Sequence[torch.Tensor]) -> list[jax.Array]:
     """Copies of tensors as arrays."""
     return [pytorch2jax.t2j(t, copy=True) for t in tensors]
@@ -150,6 +179,23 @@ def assert_same(actual: Any, expected: Any, rtol: float = 1e-9, atol: float = 1e
         assert a.shape == e.shape
         assert a.dtype == e.dtype
         np.testing.assert_allclose(a, e, rtol=rtol, atol=atol)
+
+
+def assert_same_numbers(actual: Any, expected: Any) -> None:
+    """Compare two ways of computing the same: equal but for rounding, relative to the largest value of each leaf.
+
+    Nothing that torch computes is compared to the bit: the kernels of MKL and oneDNN that run, and with them the last
+    bits, depend on the processor, the alignment of memory, the number of threads and the size of a batch. (What is only
+    copied, drawn or counted is compared to the bit, by `np.testing.assert_array_equal`.)
+    """
+    for a, e in zip(leaves(actual), leaves(expected), strict=True):
+        assert a.shape == e.shape
+        a, e = (x.astype(np.float64) if x.dtype.kind == "V" else x for x in (a, e))
+        if a.dtype.kind not in "fc":
+            np.testing.assert_array_equal(a, e)
+            continue
+        scale = np.max(np.abs(e), initial=np.finfo(e.dtype).tiny)
+        np.testing.assert_allclose(a, e, rtol=0, atol=float(scale) * 200 * np.finfo(e.dtype).eps)
 
 
 def scalar(fn: Callable[..., Any]) -> Callable[..., Any]:

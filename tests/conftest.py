@@ -5,6 +5,7 @@ The tests run on JAX's default device. `PYTORCH2JAX_TEST_DEVICE=cuda` (or `cpu`)
 
 from __future__ import annotations
 
+import gc
 import os
 
 import jax
@@ -13,9 +14,6 @@ import torch
 
 from pytorch2jax import use_tape
 from pytorch2jax._tape import TAPE
-
-# Files whose tests are about derivatives: each test runs with the tape and without it.
-BOTH_WAYS = ("test_transforms", "test_orders", "test_batching", "test_control_flow", "test_models", "test_random")
 
 _PLATFORMS = {"cpu": "cpu", "cuda": "cuda,cpu"}
 _DEVICE = os.environ.get("PYTORCH2JAX_TEST_DEVICE")
@@ -38,16 +36,19 @@ def x32():
         yield
 
 
-def pytest_generate_tests(metafunc):
-    if metafunc.module.__name__ in BOTH_WAYS:
-        metafunc.fixturenames.append("_tape")
-        metafunc.parametrize("_tape", [True, False], ids=["tape", "recomputed"], indirect=True)
-
-
-@pytest.fixture
-def _tape(request):
-    with use_tape(request.param):
+@pytest.fixture(params=["tape", pytest.param("recomputed", marks=pytest.mark.exhaustive)])
+def tape(request):
+    """With the tape and without it, for tests of gradients of first order."""
+    with use_tape(request.param == "tape"):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _caches_of_one_file():
+    """What a file has compiled is not kept for the others: memory stays where it is."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 
 from pytorch2jax import LoopWarning, convert_pytnn_to_jax, torch2jax
 
+pytestmark = pytest.mark.usefixtures("tape")
+
 
 class Counter:
     """A torch function that counts its runs on real tensors."""

@@ -12,6 +12,8 @@ import torch
 
 from pytorch2jax import InferenceError, torch2jax
 
+pytestmark = pytest.mark.usefixtures("tape")
+
 
 @pytest.fixture
 def step():

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, Case, arrays, scalar
+from cases import CASES, Case, arrays, scalar, table
 
 import pytorch2jax
-from pytorch2jax import UnsupportedTransformError, torch2jax
+from pytorch2jax import UnsupportedTransformError, torch2jax, use_tape
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytorch2jax.LoopWarning", "ignore:Accessing the data pointer")
 
@@ -33,17 +33,28 @@ def _eval_batch_norm(x):
     return F.batch_norm(x, *(t.to(x.dtype) for t in (mean, variance, weight)), training=False)
 
 
-@pytest.fixture(params=_SMOOTH, ids=str)
-def problem(request):
+QUICK = ("norms", "in place", "gradient inside", "old-style function", "normalised with running statistics")
+SLOW_TO_COMPILE = ("encoder", "lstm")
+
+
+def problem_of(param):
     """A scalar function of its first input, a point and a direction."""
-    _, jax_fn, inputs = request.param.build()
-    return problem_of(jax_fn, inputs)
-
-
-def problem_of(jax_fn, inputs):
+    case, engine = param
+    _, jax_fn, inputs = case.build(engine)
     x, *others = arrays(inputs)
     direction = jnp.cos(1.0 + jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)
-    return lambda x: scalar(jax_fn)(x, *others), x, direction
+    with use_tape(engine != "recomputed"):
+        yield lambda x: scalar(jax_fn)(x, *others), x, direction
+
+
+@pytest.fixture(params=table(_SMOOTH, ("tape", "xla"), QUICK, without=SLOW_TO_COMPILE))
+def problem(request):
+    yield from problem_of(request.param)
+
+
+@pytest.fixture(params=table(_SMOOTH, ("tape", "recomputed", "xla"), [case.name for case in _SMOOTH]))
+def first_order_problem(request):
+    yield from problem_of(request.param)
 
 
 def forward(f, v):
@@ -61,8 +72,8 @@ def assert_derivative(derivative, f, x, v, eps=1e-5):
 
 
 @pytest.mark.parametrize("outer", [forward, reverse])
-def test_first_order(problem, outer):
-    f, x, v = problem
+def test_first_order(first_order_problem, outer):
+    f, x, v = first_order_problem
     assert_derivative(outer(f, v), f, x, v)
 
 

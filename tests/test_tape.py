@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from cases import assert_same_numbers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -72,7 +73,7 @@ def jax_layer(x, w):
 
 
 def same(left, right):
-    jax.tree.map(np.testing.assert_array_equal, left, right)
+    jax.tree.map(assert_same_numbers, left, right)
 
 
 def loss_of(f):

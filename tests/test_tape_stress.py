@@ -1,8 +1,9 @@
-"""Random programs, with the tape and without it, bit for bit.
+"""Random programs, with the tape and without it: the same numbers but for rounding.
 
 A program is a tree of JAX transformations with torch functions as its leaves, from a vector and a matrix to a vector.
-Its value and gradients are taken with the tape, then by recomputation. The number of programs is set by
-`PYTORCH2JAX_STRESS_PROGRAMS`; `make stress` runs thousands.
+Its value and gradients are taken with the tape, then by recomputation. Not to the bit: MKL's results depend on the
+alignment of memory (on Intel's processors), and tensors have other memory in the two cases. The number of programs is
+set by `PYTORCH2JAX_STRESS_PROGRAMS`; `make stress` runs thousands.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import torch
-from jax.sharding import PartitionSpec
+from cases import assert_same_numbers
+from jax.sharding import AxisType, PartitionSpec
 
 from pytorch2jax import torch2jax, use_tape
 from pytorch2jax._tape import TAPE
@@ -106,7 +107,7 @@ DROPS = torch2jax(drops)
 LEAVES["drops"] = lambda x, w: DROPS(x, w, rng=KEY)
 LEAVES["of jax"] = lambda x, w: jnp.tanh(x) + w[0]
 
-MESH = jax.make_mesh((1,), ("i",))
+MESH = jax.make_mesh((1,), ("i",), axis_types=(AxisType.Auto,))
 
 
 def then(f, g):
@@ -211,7 +212,7 @@ W = jnp.linspace(-0.4, 0.8, N * N).reshape(N, N)
 
 
 def same(left, right):
-    jax.tree.map(np.testing.assert_array_equal, left, right)
+    jax.tree.map(assert_same_numbers, left, right)
 
 
 @pytest.mark.filterwarnings("ignore::pytorch2jax.LoopWarning", "ignore:None of the inputs have requires_grad")

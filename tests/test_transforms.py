@@ -11,18 +11,55 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from cases import CASES, arrays, assert_same, leaves, scalar, tensors, torch_gradients
+from cases import CASES, arrays, assert_same, leaves, scalar, table, tensors, torch_gradients
 
-from pytorch2jax import LoopWarning
+from pytorch2jax import LoopWarning, use_tape
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytorch2jax.LoopWarning", "ignore:Accessing the data pointer")
 
 
-@pytest.fixture(params=CASES, ids=str)
+QUICK = (
+    "two outputs",
+    "in place on a view",
+    "integer output",
+    "norms",
+    "encoder",
+    "old-style function",
+    "reads a value",
+)
+"""One case of each kind: these go through all transformations in `make test`; the others through `grad` and `vmap`."""
+ALL = [case.name for case in CASES]
+
+
+def built(param):
+    case, engine = param
+    fn, jax_fn, inputs = case.build(engine)
+    with use_tape(engine != "recomputed"):
+        # Torch's own result, on copies: some cases write to their inputs.
+        yield case, fn, jax_fn, inputs, arrays(inputs)
+
+
+@pytest.fixture(params=table(CASES, ("tape", "xla"), QUICK))
 def case(request):
-    fn, jax_fn, inputs = request.param.build()
-    # Torch's own result, on copies: some cases write to their inputs.
-    return request.param, fn, jax_fn, inputs, arrays(inputs)
+    yield from built(request.param)
+
+
+@pytest.fixture(params=table(CASES, ("tape", "recomputed", "xla"), QUICK))
+def reverse(request):
+    """A case for transformations that take a gradient of first order."""
+    yield from built(request.param)
+
+
+@pytest.fixture(params=table(CASES, ("tape", "recomputed", "xla"), ALL))
+def every(request):
+    """The same, all of them in `make test`."""
+    yield from built(request.param)
+
+
+@pytest.fixture(params=table(CASES, ("tape",), QUICK))
+def torchs(request):
+    """A case for what is about `backend="torch"` only."""
+    yield from built(request.param)
 
 
 def directions(xs):
@@ -49,23 +86,23 @@ def test_jit_equals_torch_and_leaves_its_inputs_alone(case):
     assert_same(xs, before, rtol=0, atol=0)
 
 
-def test_grad_equals_torch_backward(case):
-    _, fn, jax_fn, inputs, xs = case
+def test_grad_equals_torch_backward(every):
+    _, fn, jax_fn, inputs, xs = every
     expected = torch_gradients(fn, inputs)
     everything = tuple(range(len(xs)))
     assert_same(jax.grad(scalar(jax_fn), everything)(*xs), expected)
     assert_same(jax.jit(jax.grad(scalar(jax_fn), everything))(*xs), expected)
 
 
-def test_value_and_grad(case):
-    _, fn, jax_fn, inputs, xs = case
+def test_value_and_grad(reverse):
+    _, fn, jax_fn, inputs, xs = reverse
     value, gradient = jax.jit(jax.value_and_grad(scalar(jax_fn)))(*xs)
     assert_same(value, scalar(jax_fn)(*xs))
     assert_same(gradient, torch_gradients(fn, inputs)[0])
 
 
-def test_vjp_may_be_called_twice(case):
-    _, _, jax_fn, _, xs = case
+def test_vjp_may_be_called_twice(reverse):
+    _, _, jax_fn, _, xs = reverse
     value, pull = jax.vjp(scalar(jax_fn), *xs)
     first, second = pull(jnp.ones_like(value)), pull(2 * jnp.ones_like(value))
     assert_same([2 * g for g in first], second)
@@ -96,8 +133,8 @@ def test_jacfwd_and_jacrev_agree_with_torch(case):
     assert_same(jax.jacfwd(only_inexact)(*xs), list(expected))
 
 
-def test_vmap_equals_a_loop(case):
-    _, fn, jax_fn, _, xs = case
+def test_vmap_equals_a_loop(every):
+    _, fn, jax_fn, _, xs = every
     batch = stacked(xs)
     expected = [leaves(fn(*tensors(pick(batch, i)))) for i in range(3)]
     columns = [np.stack(column) for column in zip(*expected, strict=True)]
@@ -114,8 +151,8 @@ def test_vmap_with_other_axes(case):
     assert_same(batched, [np.stack(column, -1) for column in zip(*expected, strict=True)])
 
 
-def test_vmap_of_grad_gives_per_example_gradients(case):
-    _, fn, jax_fn, _, xs = case
+def test_vmap_of_grad_gives_per_example_gradients(reverse):
+    _, fn, jax_fn, _, xs = reverse
     batch = stacked(xs)
     expected = [torch_gradients(fn, tensors(pick(batch, i))) for i in range(3)]
     columns = [np.stack([t.numpy() for t in column]) for column in zip(*expected, strict=True)]
@@ -124,8 +161,8 @@ def test_vmap_of_grad_gives_per_example_gradients(case):
     assert_same(jax.jit(per_example)(*batch), columns)
 
 
-def test_grad_of_vmap(case):
-    _, fn, jax_fn, _, xs = case
+def test_grad_of_vmap(reverse):
+    _, fn, jax_fn, _, xs = reverse
     batch = stacked(xs)
     expected = [torch_gradients(fn, tensors(pick(batch, i))) for i in range(3)]
     columns = [np.stack([t.numpy() for t in column]) for column in zip(*expected, strict=True)]
@@ -150,16 +187,16 @@ def test_nested_vmap(case):
     assert_same(nested.reshape(4), flat)
 
 
-def test_transposing_a_linearised_function(case):
-    _, _, jax_fn, _, xs = case
+def test_transposing_a_linearised_function(reverse):
+    _, _, jax_fn, _, xs = reverse
     value, push = jax.linearize(scalar(jax_fn), *xs)
     pulled = jax.linear_transpose(push, *xs)(jnp.ones_like(value))
     assert_same(list(pulled), list(jax.grad(scalar(jax_fn), tuple(range(len(xs))))(*xs)))
 
 
-def test_vmap_over_a_linearised_function_can_be_transposed(case):
+def test_vmap_over_a_linearised_function_can_be_transposed(reverse):
     """`Vmap(Jvp(f))` with unbatched primals, transposed: the cotangents of what was not batched are summed."""
-    _, _, jax_fn, _, xs = case
+    _, _, jax_fn, _, xs = reverse
     value, push = jax.linearize(scalar(jax_fn), *xs)
     batch = stacked(xs)
     pulled = jax.linear_transpose(jax.vmap(push), *batch)(jnp.arange(1.0, 4.0) * jnp.ones_like(value))
@@ -167,8 +204,8 @@ def test_vmap_over_a_linearised_function_can_be_transposed(case):
     assert_same(list(pulled), [jnp.stack([g, 2 * g, 3 * g]) for g in gradient])
 
 
-def test_checkpoint(case):
-    _, fn, jax_fn, inputs, xs = case
+def test_checkpoint(reverse):
+    _, fn, jax_fn, inputs, xs = reverse
     gradient = jax.jit(jax.grad(jax.checkpoint(scalar(jax_fn)), tuple(range(len(xs)))))(*xs)
     assert_same(gradient, torch_gradients(fn, inputs))
 
@@ -179,8 +216,8 @@ def test_eval_shape_tells_what_comes_out(case):
     assert jax.tree.map(lambda s: (s.shape, s.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), outputs)
 
 
-def test_a_loop_is_said_once(case):
-    row, _, jax_fn, _, xs = case
+def test_a_loop_is_said_once(torchs):
+    row, _, jax_fn, _, xs = torchs
     batch = stacked(xs)
     with warnings.catch_warnings(record=True) as record:
         warnings.simplefilter("always")
@@ -192,8 +229,6 @@ def test_a_loop_is_said_once(case):
 
 
 _FORWARD_MODE_FIRST = """
-import subprocess
-import sys
 import warnings
 import jax, jax.numpy as jnp, torch
 import pytorch2jax

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import arrays, assert_same
+from cases import CASES, REFUSED, arrays, assert_same, scalar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -436,3 +436,11 @@ def test_the_engine_is_imported_when_it_is_asked_for():
     program = "import sys, pytorch2jax; assert not [m for m in sys.modules if m.startswith('pytorch2jax.xla')]"
     root = str(pathlib.Path(pytorch2jax.__file__).parent.parent)
     subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": root}, timeout=120, check=True)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in REFUSED], ids=str)
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+def test_what_depends_on_values_is_refused(case):
+    _, jax_fn, inputs = case.build("xla")
+    with pytest.raises(CaptureError, match=r"cases.py:\d+ .*backend=\"torch\""):
+        jax.jit(scalar(jax_fn))(*arrays(inputs))
