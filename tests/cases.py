@@ -124,6 +124,9 @@ CASES = [
 ]
 
 
+DEVICES = jax.devices("cpu")
+"""Eight (`conftest.py`)."""
+
 REFUSED = ("memory address", "reads a value")
 """Cases that `backend="xla"` refuses."""
 

@@ -19,6 +19,7 @@ _PLATFORMS = {"cpu": "cpu", "cuda": "cuda,cpu"}
 _DEVICE = os.environ.get("PYTORCH2JAX_TEST_DEVICE")
 
 jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_num_cpu_devices", 8)
 if _DEVICE is not None:
     jax.config.update("jax_platforms", _PLATFORMS[_DEVICE])
     if _DEVICE == "cuda" and not torch.cuda.is_available():

@@ -20,17 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from cases import assert_same_numbers
+from cases import DEVICES, assert_same_numbers
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pytorch2jax import convert_pytnn_to_jax, torch2jax, use_tape
 from pytorch2jax._tape import TAPE
 
-N = 8
+N = len(DEVICES)
 LIMIT_S = 200  # far more than anything here takes; a hang becomes a failure
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-EIGHT = jax.device_count() == N
 
 
 def in_threads(*calls):
@@ -58,34 +57,6 @@ def in_threads(*calls):
 
 def same(got, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), got, expected)
-
-
-def test_on_eight_devices():
-    if EIGHT:
-        return
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:xdist",
-            "-k",
-            "on_devices",
-            __file__,
-        ],
-        env={**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={N}"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=2 * LIMIT_S,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
-    assert "no tests ran" not in result.stdout
 
 
 # -- threads ------------------------------------------------------------------------------------------------
@@ -480,87 +451,93 @@ def looped(f, g, x, w):
     return x + n
 
 
-if EIGHT:
-    MESH = jax.make_mesh((N,), ("i",), axis_types=(AxisType.Auto,))
+MESH = jax.make_mesh((N,), ("i",), axis_types=(AxisType.Auto,), devices=DEVICES)
 
-    def on_devices(body, f, g):
-        return jax.shard_map(lambda x, w: body(f, g, x, w), mesh=MESH, in_specs=(P("i"), P()), out_specs=P("i"))
 
-    def value(body, f, g):
-        return jax.jit(on_devices(body, f, g))
+def on_devices(body, f, g):
+    return jax.shard_map(lambda x, w: body(f, g, x, w), mesh=MESH, in_specs=(P("i"), P()), out_specs=P("i"))
 
-    def gradients(body, f, g):
-        mapped = on_devices(body, f, g)
-        return jax.jit(jax.value_and_grad(lambda x, w: (mapped(x, w) ** 2).sum(), argnums=(0, 1)))
 
-    @pytest.mark.parametrize("tape", [True, False])
-    @pytest.mark.parametrize("body", [reduced, gathered, permuted, scanned, branched])
-    def test_gradients_with_collectives_around_torch_on_devices(body, tape):
-        expected = gradients(body, jax_layer, jax_other)(ROWS, SQUARE)
-        with use_tape(tape):
-            call = gradients(body, torch2jax(layer), torch2jax(other))
-            for _ in range(3):
-                same(call(ROWS, SQUARE), expected)
-        assert len(TAPE) == 0
+def value(body, f, g):
+    return jax.jit(on_devices(body, f, g))
 
-    def test_a_while_loop_with_collectives_on_devices():
-        expected = value(looped, jax_layer, jax_other)(ROWS, SQUARE)
-        call = value(looped, torch2jax(layer), torch2jax(other))
+
+def gradients(body, f, g):
+    mapped = on_devices(body, f, g)
+    return jax.jit(jax.value_and_grad(lambda x, w: (mapped(x, w) ** 2).sum(), argnums=(0, 1)))
+
+
+@pytest.mark.parametrize("tape", [True, False])
+@pytest.mark.parametrize("body", [reduced, gathered, permuted, scanned, branched])
+def test_gradients_with_collectives_around_torch_on_devices(body, tape):
+    expected = gradients(body, jax_layer, jax_other)(ROWS, SQUARE)
+    with use_tape(tape):
+        call = gradients(body, torch2jax(layer), torch2jax(other))
         for _ in range(3):
             same(call(ROWS, SQUARE), expected)
+    assert len(TAPE) == 0
 
-    @pytest.mark.parametrize("rows", [2, 256])
-    def test_two_threads_run_a_program_each_on_devices(rows):
-        """Small calls run in XLA's threads, large ones in the worker; both wait for each other's collectives."""
-        x, w = jnp.tile(ROWS, (rows // 2, 8)), jnp.tile(SQUARE, (8, 8)) / 8
-        x = jax.device_put(x, NamedSharding(MESH, P("i")))
-        bodies = (reduced, permuted)
-        calls = [gradients(body, torch2jax(layer), torch2jax(other)) for body in bodies]
-        expected = [jax.block_until_ready(call(x, w)) for call in calls]  # in sequence
 
-        def work(call):
-            return [jax.block_until_ready(call(x, w)) for _ in range(10)]
+def test_a_while_loop_with_collectives_on_devices():
+    expected = value(looped, jax_layer, jax_other)(ROWS, SQUARE)
+    call = value(looped, torch2jax(layer), torch2jax(other))
+    for _ in range(3):
+        same(call(ROWS, SQUARE), expected)
 
-        for results, right in zip(in_threads(*[lambda c=c: work(c) for c in calls]), expected, strict=True):
-            for result in results:
-                same(result, right)
 
-    def test_the_number_of_threads_of_a_training_step_on_devices():
-        """Twice the cores for torch (its own team and the worker's), and no more with more steps or callers."""
-        net = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.Tanh(), torch.nn.Linear(256, 256)).double()
-        apply, params = convert_pytnn_to_jax(net)
-        x = jax.device_put(jnp.ones((N * 64, 256)), NamedSharding(MESH, P("i")))
-        params = jax.device_put(params, NamedSharding(MESH, P()))
+@pytest.mark.parametrize("rows", [2, 256])
+def test_two_threads_run_a_program_each_on_devices(rows):
+    """Small calls run in XLA's threads, large ones in the worker; both wait for each other's collectives."""
+    x, w = jnp.tile(ROWS, (rows // 2, 8)), jnp.tile(SQUARE, (8, 8)) / 8
+    x = jax.device_put(x, NamedSharding(MESH, P("i")))
+    bodies = (reduced, permuted)
+    calls = [gradients(body, torch2jax(layer), torch2jax(other)) for body in bodies]
+    expected = [jax.block_until_ready(call(x, w)) for call in calls]  # in sequence
 
-        def training_step(apply):
-            def local(params, x):
-                gradients = jax.grad(lambda p: (apply(p, x) ** 2).mean())(params)
-                return jax.tree.map(lambda p, g: p - 1e-3 * g, params, gradients)
+    def work(call):
+        return [jax.block_until_ready(call(x, w)) for _ in range(10)]
 
-            return jax.jit(jax.shard_map(local, mesh=MESH, in_specs=(P(), P("i")), out_specs=P()))
+    for results, right in zip(in_threads(*[lambda c=c: work(c) for c in calls]), expected, strict=True):
+        for result in results:
+            same(result, right)
 
-        def train(step):
-            p = params
-            for _ in range(10):  # JAX itself hangs where several threads dispatch collectives without waiting
-                p = jax.block_until_ready(step(p, x))
-            return p
 
-        def threads():
-            return len(os.listdir("/proc/self/task"))
+def test_the_number_of_threads_of_a_training_step_on_devices():
+    """Twice the cores for torch (its own team and the worker's), and no more with more steps or callers."""
+    net = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.Tanh(), torch.nn.Linear(256, 256)).double()
+    apply, params = convert_pytnn_to_jax(net)
+    x = jax.device_put(jnp.ones((N * 64, 256)), NamedSharding(MESH, P("i")))
+    params = jax.device_put(params, NamedSharding(MESH, P()))
 
-        def in_jax(params, x):
-            for layer in (params["0"], params["2"]):
-                x = jnp.tanh(x @ layer["weight"].T + layer["bias"])
-            return x
+    def training_step(apply):
+        def local(params, x):
+            gradients = jax.grad(lambda p: (apply(p, x) ** 2).mean())(params)
+            return jax.tree.map(lambda p, g: p - 1e-3 * g, params, gradients)
 
-        train(training_step(in_jax))
-        before, step, counts = threads(), training_step(apply), []
-        for _ in range(3):
-            train(step)
-            counts.append(threads())
-        in_threads(*[lambda: counts.append(train(step) and threads())] * 4)
+        return jax.jit(jax.shard_map(local, mesh=MESH, in_specs=(P(), P("i")), out_specs=P()))
+
+    def train(step):
+        p = params
+        for _ in range(10):  # JAX itself hangs where several threads dispatch collectives without waiting
+            p = jax.block_until_ready(step(p, x))
+        return p
+
+    def threads():
+        return len(os.listdir("/proc/self/task"))
+
+    def in_jax(params, x):
+        for layer in (params["0"], params["2"]):
+            x = jnp.tanh(x @ layer["weight"].T + layer["bias"])
+        return x
+
+    train(training_step(in_jax))
+    before, step, counts = threads(), training_step(apply), []
+    for _ in range(3):
+        train(step)
         counts.append(threads())
-        assert max(counts) - before <= 2 * os.cpu_count() + 4 + 4  # XLA starts some late; four that call
+    in_threads(*[lambda: counts.append(train(step) and threads())] * 4)
+    counts.append(threads())
+    assert max(counts) - before <= 2 * os.cpu_count() + 4 + 4  # XLA starts some late; four that call
 
 
 # -- found in use -----------------------------------------------------------------------------------------------

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import pathlib
-import subprocess
-import sys
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from cases import DEVICES
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from pytorch2jax import NestingError, convert_pytnn_to_jax, jax2torch, torch2jax
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 F64 = torch.float64
 
 # -- torch inside of JAX inside of torch ---------------------------------------------------------------------------
@@ -150,43 +149,18 @@ def test_a_wrapped_function_that_is_both():
         torch2jax(lambda x: g(x))(X)
 
 
-EIGHT_DEVICES = """
-import functools, threading, jax, jax.numpy as jnp, torch
-from jax.sharding import PartitionSpec as P
-from pytorch2jax import NestingError, jax2torch, torch2jax
-assert len(jax.devices()) == 8
-mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-sharded = functools.partial(jax.shard_map, mesh=mesh, in_specs=P("d"), out_specs=P("d"))
-x = jnp.ones((8, 4))
-for fn in (lambda t: jax2torch(jnp.sin)(t), lambda t: t * float(jnp.ones(()) + 1)):
-    try:
-        jax.jit(sharded(torch2jax(fn)))(x)
-        raise SystemExit("not refused")
-    except NestingError:
-        pass
-    declared = torch2jax(fn, output_shapes=jax.ShapeDtypeStruct((1, 4), jnp.float32))
-    try:
-        jax.block_until_ready(jax.jit(sharded(declared))(x))
-        raise SystemExit("not refused")
-    except jax.errors.JaxRuntimeError as error:
-        assert "NestingError" in str(error), error
-inner = torch2jax(torch.sin)
-outer = jax2torch(lambda x: jax.jit(inner)(x).sum())
-t = torch.ones(8, 4, requires_grad=True)
-outer(t).backward()
-torch.testing.assert_close(t.grad, torch.cos(t).detach())
-print("done")
-"""
-
-
-def test_on_eight_devices():
-    done = subprocess.run(
-        [sys.executable, "-c", EIGHT_DEVICES],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
-        cwd="/",
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert done.stdout.strip() == "done", done.stdout + done.stderr
+def test_nesting_on_several_devices():
+    mesh = jax.make_mesh((len(DEVICES),), ("i",), axis_types=(AxisType.Auto,), devices=DEVICES)
+    sharded = functools.partial(jax.shard_map, mesh=mesh, in_specs=P("i"), out_specs=P("i"))
+    x = jnp.ones((8, 4))
+    for fn in (lambda t: jax2torch(jnp.sin)(t), lambda t: t * float(jnp.ones(()) + 1)):
+        with pytest.raises(NestingError):
+            jax.jit(sharded(torch2jax(fn)))(x)
+        declared = torch2jax(fn, output_shapes=jax.ShapeDtypeStruct((1, 4), x.dtype))
+        with pytest.raises(jax.errors.JaxRuntimeError, match="NestingError"):
+            jax.block_until_ready(jax.jit(sharded(declared))(x))
+    inner = torch2jax(torch.sin)
+    outer = jax2torch(lambda x: jax.jit(inner)(x).sum())
+    t = torch.ones(8, 4, requires_grad=True)
+    outer(t).backward()
+    torch.testing.assert_close(t.grad, torch.cos(t).detach())

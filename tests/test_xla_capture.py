@@ -403,7 +403,9 @@ def test_errors_name_the_line_of_the_model():
         apply(params, jnp.ones(3))
 
 
-def test_distributions_are_told_not_to_look_at_their_arguments():
+def test_distributions_are_told_not_to_look_at_their_arguments(monkeypatch):
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)  # `torch.compile` turns it off
+
     def log_prob(x):
         return torch.distributions.Normal(x, 1.0).log_prob(x)
 

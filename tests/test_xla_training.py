@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import warnings
 
-import eight_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import torch
+from cases import DEVICES
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from torch import nn
 
 from pytorch2jax import ReplicationWarning, convert_pytnn_to_jax, torch2jax
-
-EIGHT = len(jax.devices()) == eight_devices.N
 
 
 def gpt2():
@@ -61,62 +59,59 @@ def test_a_gpt2_learns_the_same_through_both_engines(x32):
     np.testing.assert_allclose(ours[:20], bridge[:20], rtol=1e-4)
 
 
-def test_on_eight_devices():
-    if not EIGHT:
-        eight_devices.run_again(__file__, 600, "-k", "not gpt2")
+def mesh():
+    return Mesh(np.array(DEVICES), ("i",))
 
 
-if EIGHT:
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.LayerNorm(16), nn.Linear(16, 3)).double()
 
-    def mesh():
-        return Mesh(np.array(jax.devices()), ("i",))
 
-    def model():
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.LayerNorm(16), nn.Linear(16, 3)).double()
+def test_xla_shards_a_batch_by_itself():
+    apply, params = convert_pytnn_to_jax(model(), backend="xla")
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 5, 8)))
 
-    def test_xla_shards_a_batch_by_itself():
-        apply, params = convert_pytnn_to_jax(model(), backend="xla")
-        x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 5, 8)))
+    def loss(params, x):
+        return (apply(params, x) ** 2).mean()
 
-        def loss(params, x):
-            return (apply(params, x) ** 2).mean()
+    expected = jax.value_and_grad(loss)(params, x)
+    sharded = jax.device_put(x, NamedSharding(mesh(), P("i")))
+    held = jax.device_put(params, NamedSharding(mesh(), P()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ReplicationWarning)
+        step = jax.jit(jax.value_and_grad(loss))
+        got = step(held, sharded)
+        text = step.lower(held, sharded).compile().as_text()
+        out = jax.jit(apply)(held, sharded)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), got, expected)
+    assert out.sharding.spec[0] == "i"
+    assert "all-reduce" in text
+    assert "all-gather" not in text
 
-        expected = jax.value_and_grad(loss)(params, x)
-        sharded = jax.device_put(x, NamedSharding(mesh(), P("i")))
-        held = jax.device_put(params, NamedSharding(mesh(), P()))
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", ReplicationWarning)
-            step = jax.jit(jax.value_and_grad(loss))
-            got = step(held, sharded)
-            text = step.lower(held, sharded).compile().as_text()
-            out = jax.jit(apply)(held, sharded)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), got, expected)
-        assert out.sharding.spec[0] == "i"
-        assert "all-reduce" in text
-        assert "all-gather" not in text
 
-    def test_inside_of_shard_map_with_types_that_vary():
-        f = torch2jax(lambda x, w: torch.tanh(x @ w), backend="xla")
-        x, w = jnp.arange(32.0).reshape(16, 2) / 9, jnp.arange(6.0).reshape(2, 3) / 5
+def test_inside_of_shard_map_with_types_that_vary():
+    f = torch2jax(lambda x, w: torch.tanh(x @ w), backend="xla")
+    x, w = jnp.arange(32.0).reshape(16, 2) / 9, jnp.arange(6.0).reshape(2, 3) / 5
 
-        def total(x, w):
-            return jax.lax.psum(f(x, w).sum(), "i")
+    def total(x, w):
+        return jax.lax.psum(f(x, w).sum(), "i")
 
-        mapped = jax.shard_map(total, mesh=mesh(), in_specs=(P("i"), P()), out_specs=P())
-        gradient = jax.jit(jax.grad(mapped, (0, 1)))(x, w)
-        expected = jax.grad(lambda x, w: jnp.tanh(x @ w).sum(), (0, 1))(x, w)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), gradient, expected)
+    mapped = jax.shard_map(total, mesh=mesh(), in_specs=(P("i"), P()), out_specs=P())
+    gradient = jax.jit(jax.grad(mapped, (0, 1)))(x, w)
+    expected = jax.grad(lambda x, w: jnp.tanh(x @ w).sum(), (0, 1))(x, w)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), gradient, expected)
 
-    def test_tensor_parallel_weights_without_a_rule():
-        apply, params = convert_pytnn_to_jax(
-            nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).double(), backend="xla"
-        )
-        x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8)))
-        expected = apply(params, x)
-        split = {
-            "0": {"weight": P("i", None), "bias": P("i")},
-            "2": {"weight": P(None, "i"), "bias": P()},
-        }
-        held = jax.tree.map(lambda a, s: jax.device_put(a, NamedSharding(mesh(), s)), params, split)
-        np.testing.assert_allclose(jax.jit(apply)(held, x), expected, rtol=1e-9)
+
+def test_tensor_parallel_weights_without_a_rule():
+    apply, params = convert_pytnn_to_jax(
+        nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).double(), backend="xla"
+    )
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8)))
+    expected = apply(params, x)
+    split = {
+        "0": {"weight": P("i", None), "bias": P("i")},
+        "2": {"weight": P(None, "i"), "bias": P()},
+    }
+    held = jax.tree.map(lambda a, s: jax.device_put(a, NamedSharding(mesh(), s)), params, split)
+    np.testing.assert_allclose(jax.jit(apply)(held, x), expected, rtol=1e-9)
