@@ -113,23 +113,27 @@ if hasattr(os, "register_at_fork"):
 
 def _set_team_size(size: int) -> None:
     """Set the size of the calling thread's team, which `torch.set_num_threads` would do for all later threads, too."""
-    if torch.get_num_threads() != size:  # asking also lets torch set up the thread, once
-        set_size = _omp_set_num_threads()
-        if set_size is not None:
-            set_size(size)
+    if torch.get_num_threads() == size:  # asking also lets torch set up the thread, once
+        return
+    for set_size in _omp_set_num_threads():
+        set_size(size)
+        if torch.get_num_threads() == size:  # it was torch's: other packages bring OpenMP libraries of their own
+            return
 
 
 @functools.cache
-def _omp_set_num_threads() -> Callable[[int], None] | None:
-    """`omp_set_num_threads` of the OpenMP library that torch has loaded."""
+def _omp_set_num_threads() -> tuple[Callable[[int], None], ...]:
+    """`omp_set_num_threads` of each OpenMP library that is loaded; those that lie beside torch's own come first."""
     try:
         with open("/proc/self/maps") as maps:
             loaded = {line.split(maxsplit=5)[5].strip() for line in maps if "omp" in line}
     except OSError:  # not Linux
-        return None
-    for path in sorted(loaded):
-        if path.rsplit("/", 1)[-1].startswith(("libgomp", "libiomp", "libomp")):
-            function = ctypes.CDLL(path).omp_set_num_threads
-            function.argtypes, function.restype = (ctypes.c_int,), None
-            return function
-    return None
+        return ()
+    libraries = [path for path in loaded if os.path.basename(path).startswith(("libgomp", "libiomp", "libomp"))]
+    folder = os.path.dirname(torch.__file__)
+    found = []
+    for path in sorted(libraries, key=lambda path: (not path.startswith(folder), path)):
+        function = ctypes.CDLL(path).omp_set_num_threads
+        function.argtypes, function.restype = (ctypes.c_int,), None
+        found.append(function)
+    return tuple(found)

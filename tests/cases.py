@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -153,6 +153,12 @@ def table(
         for engine in engines
         if engine != "xla" or case.name not in (*REFUSED, *without)
     ]
+
+
+def some(values: Iterable[str], quick: Sequence[str]) -> list[Any]:
+    """Names as parameters, of which `make test` runs those in `quick`; the others are exhaustive."""
+    assert {*quick} <= {*values}
+    return [pytest.param(v, marks=() if v in quick else pytest.mark.exhaustive) for v in values]
 
 
 def arrays(tensors: Sequence[torch.Tensor]) -> list[jax.Array]:

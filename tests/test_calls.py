@@ -407,6 +407,7 @@ print("right")
 """
 
 
+@pytest.mark.exhaustive
 def test_the_persistent_cache_gives_no_process_the_function_of_another(tmp_path):
     """Programs that differ in the numbers of their functions only; jax 0.11.2 and newer write them to the cache."""
     for function in ("sin", "cos", "exp", "cos"):

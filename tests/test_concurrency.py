@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from cases import DEVICES, assert_same_numbers
+from cases import DEVICES, assert_same_numbers, some
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -373,7 +373,7 @@ print("done")
 """
 
 
-@pytest.mark.parametrize("calls", re.findall(r'^    case "(.*)":', IN_FLIGHT, re.MULTILINE))
+@pytest.mark.parametrize("calls", some(re.findall(r'^    case "(.*)":', IN_FLIGHT, re.MULTILINE), ["not waited for"]))
 def test_the_interpreter_exits_with_calls_in_flight(calls):
     assert run(IN_FLIGHT, calls, devices=N if calls == "devices" else 1) == "done\n"
 

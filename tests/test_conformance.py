@@ -34,7 +34,15 @@ def run_conformance(backend, output, *arguments):
     return report.read(output)
 
 
-@pytest.mark.parametrize(("backend", "shard", "at_least"), [("torch", "3/30", 300), ("xla", "5/60", 150)])
+@pytest.mark.parametrize(
+    ("backend", "shard", "at_least"),
+    [
+        ("torch", "3/200", 40),
+        ("xla", "5/300", 30),
+        pytest.param("torch", "3/30", 300, marks=pytest.mark.exhaustive),
+        pytest.param("xla", "5/60", 150, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_some_operators(backend, shard, at_least, tmp_path):
     results = run_conformance(backend, tmp_path, "--shard", shard, "--samples", "1", "--processes", "1")
     assert sum(outcome["passed"] for outcome in report.outcomes(results)) > at_least
@@ -122,6 +130,7 @@ def test_what_is_not_tried_has_a_reason(known):
     assert not exceptions.skipped("cos", "reverse", "float64")
 
 
+@pytest.mark.exhaustive
 def test_the_oracle_is_the_derivative_that_finite_differences_agree_with():
     program = """
 import torch

@@ -176,6 +176,29 @@ def test_the_worker_follows_set_num_threads(monkeypatch):
         torch.set_num_threads(before)
 
 
+def test_the_team_is_torchs_own_where_another_package_brings_openmp():
+    """As scikit-learn does, whose library came first in the alphabet."""
+    pytest.importorskip("sklearn.utils._openmp_helpers")
+    libraries = _threads._omp_set_num_threads.__wrapped__()
+    if len(libraries) < 2:
+        pytest.skip("needs two OpenMP libraries, as scikit-learn's wheels for Linux bring one")
+    sizes = []
+
+    def in_a_thread(order):
+        monkey = pytest.MonkeyPatch()
+        with monkey.context() as patch:
+            patch.setattr(_threads, "_omp_set_num_threads", lambda: order)
+            for size in (1, 2):
+                _threads._set_team_size(size)
+                sizes.append(torch.get_num_threads())
+
+    for order in (libraries, libraries[::-1]):
+        thread = threading.Thread(target=in_a_thread, args=(order,))
+        thread.start()
+        thread.join()
+    assert sizes == [1, 2] * 2
+
+
 def test_errors_come_back_from_the_worker():
     def fn(x):
         raise KeyError("in the worker")

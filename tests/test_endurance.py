@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from cases import some
 from flax import nnx
 
 from pytorch2jax import (
@@ -109,7 +110,7 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", some(CALLS, ["jitted", "pullback that is dropped"]))
 def test_calls(name):
     times = CALLS[name] * TIMES
     grown, left = growth(call_of(name), times, warm=times // 4)
@@ -118,6 +119,7 @@ def test_calls(name):
     assert grown * times // 2 < 4_000_000 + 20 * times
 
 
+@pytest.mark.exhaustive
 def test_calls_that_fail():
     def fails(x):
         if x.sum() > 0:
@@ -137,6 +139,7 @@ def test_calls_that_fail():
     assert grown * 50 * TIMES < 4_000_000
 
 
+@pytest.mark.exhaustive
 def test_conversions():
     def run():
         apply, params = convert_pytnn_to_jax(model())
@@ -147,6 +150,7 @@ def test_conversions():
     assert grown < 40_000
 
 
+@pytest.mark.exhaustive
 def test_traces():
     """The same function, traced and compiled anew: by new shapes, and by new static values."""
     f = torch2jax(lambda x, k: torch.sin(x) * k)
@@ -267,7 +271,7 @@ print(f(jnp.ones(3)))
 """
 
 
-@pytest.mark.parametrize("when", ["early", "late"])
+@pytest.mark.parametrize("when", some(["early", "late"], ["late"]))
 def test_forks(when):
     result = subprocess.run(
         [sys.executable, "-c", FORK, when], capture_output=True, text=True, timeout=120, check=False

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import some
 from torch import nn
 
 from pytorch2jax import UnsupportedTransformError, convert_pytnn_to_jax, torch2jax, use_tape
@@ -55,8 +56,8 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("tape", [True, False], ids=["tape", "recomputed"])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("tape", [True, pytest.param(False, marks=pytest.mark.exhaustive)], ids=["tape", "recomputed"])
+@pytest.mark.parametrize("name", some(RULES, ["one active input", "batched"]))
 def test_rules_to_third_order(name, tape):
     options = {"vmap_method": "sequential"} if name == "a batch without rules" else {}
     with use_tape(tape):

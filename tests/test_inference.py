@@ -369,6 +369,7 @@ def test_a_cache_that_cannot_be_emptied_is_an_error():
         torch2jax(f)(jnp.ones(3))
 
 
+@pytest.mark.exhaustive
 def test_after_torch_has_forbidden_to_set_its_flags():
     """As `torch.testing` does. Every call was then tried on made-up values, and second order failed."""
     program = """

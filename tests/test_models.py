@@ -23,13 +23,13 @@ DRESSED = ("residual", "dropout", "tied")
 SLOW = ("clip", "mamba", "mixture of experts", "t5", "transformer", "whisper", "gpt2", "vit")
 
 
-def cases(rows, backend):
-    """Each model in each converter and, in the first of them, without the tape."""
+def cases(rows, backend, slow=SLOW):
+    """Each model in each converter and, in the first of them, without the tape; all that is slow is exhaustive."""
     for row in rows:
         for number, converter in enumerate(CONVERTERS):
             kind = type(converter.__name__, (converter,), {"backend": backend})
             name = f"{row}-{converter.__name__.removesuffix('Converter')}"
-            dressed = row.name in DRESSED if number else row.name not in SLOW
+            dressed = row.name in DRESSED if number else row.name not in slow
             yield pytest.param(row, kind, True, id=name, marks=() if dressed else pytest.mark.exhaustive)
             if number == 0 and backend == "torch":
                 yield pytest.param(row, kind, False, id=f"{name}-recomputed", marks=pytest.mark.exhaustive)

@@ -390,6 +390,7 @@ def test_recursion():
         torch2jax(endless)(X)
 
 
+@pytest.mark.exhaustive
 def test_no_crash_without_memory():
     """In a process of its own: torch and XLA refuse what is too large, and go on."""
     code = """

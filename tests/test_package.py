@@ -69,6 +69,7 @@ def test_without_flax():
     assert "pip install 'pytorch2jax[flax]'" in done.stdout
 
 
+@pytest.mark.exhaustive
 def test_the_test_without_flax_can_fail():
     done = run(HIDE.format(hidden=()) + ONLY_JAX_AND_TORCH)
     assert done.returncode == 0, done.stderr
@@ -106,7 +107,7 @@ def test_importing_changes_no_setting():
 # -- versions -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("package", "version"), [("torch", "2.9.1+cpu"), ("jax", "0.7.2"), ("jax", "0.8.0")])
+@pytest.mark.parametrize(("package", "version"), [("torch", "2.9.1+cpu"), ("jax", "0.8.0")])
 def test_versions_that_are_too_old_are_refused_in_one_sentence(package, version):
     done = run(f"import {package}\n{package}.__version__ = {version!r}\nimport pytorch2jax")
     last = done.stderr.strip().splitlines()[-1]

@@ -112,6 +112,7 @@ def trained_by_torch(steps):
     return model
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("name", "steps"), [("two", SAVED), ("four", FINISHED), ("one", CONTINUED)])
 def test_the_weights_are_those_of_one_process(runs, name, steps):
     expected = trained_by_torch(steps).state_dict()
@@ -126,6 +127,7 @@ def test_the_weights_are_those_of_one_process(runs, name, steps):
         assert not torch.allclose(value, untrained[key], atol=1e-3)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("before", "after"), [("two", "four"), ("four", "one")])
 def test_a_checkpoint_goes_to_another_number_of_processes(runs, before, after):
     (saved, *_), restored = runs[before].arrays("after"), runs[after].arrays("before")
@@ -133,6 +135,7 @@ def test_a_checkpoint_goes_to_another_number_of_processes(runs, before, after):
         jax.tree.map(np.testing.assert_array_equal, arrays, saved)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("processes", [2, 4])
 def test_a_checkpoint_is_written_once(runs, processes):
     """What all processes hold is written by the first one alone."""
@@ -145,6 +148,7 @@ def test_a_checkpoint_is_written_once(runs, processes):
     assert sum(writers.values()) < 2 * max(bytes_of_values, 20_000)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("killed", [0, 1])
 def test_where_one_is_killed_the_others_end_with_an_error(tmp_path, killed):
     with Run(tmp_path / "run", 2, steps=(0, 1_000_000), pause_s=0.01) as run:
@@ -161,6 +165,7 @@ def test_where_one_is_killed_the_others_end_with_an_error(tmp_path, killed):
 ENDED = "Gloo|coordination service"
 
 
+@pytest.mark.exhaustive
 def test_the_example():
     command = [sys.executable, str(ROOT / "examples" / "data_parallel.py"), "--processes=2"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=LIMIT_S, check=False)

@@ -39,6 +39,7 @@ from pytorch2jax import (
 )
 
 
+@pytest.mark.exhaustive
 def test_the_example_of_tensor_parallelism():
     example = pathlib.Path(__file__).parent.parent / "examples" / "tensor_parallel.py"
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pytorch2jax import Pytorch2JaxError, _bound, _tape, convert_pytnn_to_jax, torch2jax, use_tape
-from pytorch2jax._tape import TAPE
+from pytorch2jax._tape import TAPE, Tape
 
 FAILED = (ValueError, jax.errors.JaxRuntimeError)  # which of them depends on how JAX dispatches a call
 X, W = jnp.linspace(-1.0, 1.0, 12).reshape(3, 4), jnp.linspace(0.1, 1.0, 8).reshape(4, 2)
@@ -543,33 +543,20 @@ def test_a_function_that_returns_something_else_in_a_later_call():
 
 
 @pytest.mark.parametrize(
-    ("value", "printed"),
-    [
-        ("0", "False"),
-        ("false", "False"),
-        ("OFF", "False"),
-        ("No", "False"),
-        ("", "True"),
-        ("1", "True"),
-        (" on ", "True"),
-    ],
+    ("value", "on"),
+    [("0", False), ("false", False), ("OFF", False), ("No", False), ("", True), ("1", True), (" on ", True)],
 )
-def test_the_environment_variable(value, printed):
-    program = "import pytorch2jax._tape as tape; print(tape.TAPE.enabled)"
-    done = _run(program, value)
-    assert done.stdout.strip() == printed, done.stderr
+def test_the_environment_variable(value, on, monkeypatch):
+    monkeypatch.setenv("PYTORCH2JAX_TAPE", value)
+    assert Tape().enabled is on
 
 
-def test_a_misspelt_environment_variable_is_an_error():
-    done = _run("import pytorch2jax", "flase")
+def test_a_misspelt_environment_variable_is_an_error_at_import():
+    environment = {**os.environ, "PYTORCH2JAX_TAPE": "flase"}
+    command = [sys.executable, "-c", "import pytorch2jax"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert "OptionError: PYTORCH2JAX_TAPE: expected 1, true, yes, on or 0, false, no, off" in done.stderr
     assert "'flase'" in done.stderr
-
-
-def _run(program, value):
-    environment = {**os.environ, "PYTORCH2JAX_TAPE": value}
-    command = [sys.executable, "-c", program]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
 # -- found in use -----------------------------------------------------------------------------------------------

@@ -215,16 +215,29 @@ def same(left, right):
     jax.tree.map(assert_same_numbers, left, right)
 
 
-@pytest.mark.filterwarnings("ignore::pytorch2jax.LoopWarning", "ignore:None of the inputs have requires_grad")
-@hypothesis.settings(
-    max_examples=PROGRAMS,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(hypothesis.HealthCheck),
-)
-@hypothesis.given(st.recursive(st.sampled_from(sorted(LEAVES)), extend, max_leaves=4), st.booleans())
+def programs(n):
+    """Random programs as the arguments of a test, always the same."""
+    return lambda test: hypothesis.settings(
+        max_examples=n,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )(hypothesis.given(st.recursive(st.sampled_from(sorted(LEAVES)), extend, max_leaves=4), st.booleans())(test))
+
+
+@programs(8)
+def test_the_tape_changes_nothing_in_a_few_programs(tree, jitted):
+    check(tree, jitted)
+
+
+@pytest.mark.exhaustive
+@programs(PROGRAMS)
 def test_the_tape_changes_nothing(tree, jitted):
+    check(tree, jitted)
+
+
+def check(tree, jitted):
     f = build(tree)
     call = jax.value_and_grad(lambda x, w: jnp.sin(f(x, w)).sum(), argnums=(0, 1))
     with use_tape(True):

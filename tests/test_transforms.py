@@ -23,7 +23,6 @@ QUICK = (
     "in place on a view",
     "integer output",
     "norms",
-    "encoder",
     "old-style function",
     "reads a value",
 )

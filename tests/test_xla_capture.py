@@ -177,6 +177,7 @@ def views(draw):
     return base, view
 
 
+@pytest.mark.exhaustive
 @settings(max_examples=60, deadline=None)
 @given(views())
 def test_parts_of_memory(pair):

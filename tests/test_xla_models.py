@@ -29,21 +29,23 @@ DRAWS = {
 """Models that draw random numbers in train mode, with `backend="xla"` other ones than torch."""
 
 
+SLOW = (*test_models.SLOW, "resnet")
+
 TRACEABLE = [row for row in MODELS if row.name not in REFUSED]
 DRAWING, CALM = ([row for row in TRACEABLE if (row.name in DRAWS) == draws] for draws in (True, False))
 
 
-@pytest.mark.parametrize(("row", "converter", "tape"), [*cases(TRACEABLE, "xla")])
+@pytest.mark.parametrize(("row", "converter", "tape"), [*cases(TRACEABLE, "xla", SLOW)])
 def test_eval_mode(row, converter, tape):
     test_models.check(row, converter, train=False)
 
 
-@pytest.mark.parametrize(("row", "converter", "tape"), [*cases(CALM, "xla")])
+@pytest.mark.parametrize(("row", "converter", "tape"), [*cases(CALM, "xla", SLOW)])
 def test_train_mode(row, converter, tape):
     test_models.check(row, converter, train=True)
 
 
-@pytest.mark.parametrize(("row", "converter", "tape"), [*cases(DRAWING, "xla")])
+@pytest.mark.parametrize(("row", "converter", "tape"), [*cases(DRAWING, "xla", (*SLOW, "encoder", "bert"))])
 def test_masks_by_key(row, converter, tape):
     model = row.build().train()
     args, kwargs = to_jax((row.args, row.kwargs))

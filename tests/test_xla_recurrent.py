@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from cases import some
 from torch import nn
 
 from pytorch2jax import InferenceError, convert_pytnn_to_jax, t2j, torch2jax
@@ -63,7 +64,7 @@ def test_outputs_and_gradients(layer):
         np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["lstm with projections", "gru", "rnn"])
+@pytest.mark.parametrize("name", some(["lstm with projections", "gru", "rnn"], ["rnn"]))
 def test_second_order(name):
     layer = LAYERS[name]().double()
     apply, params = convert_pytnn_to_jax(layer, backend="xla")
@@ -152,6 +153,7 @@ def test_dropout_between_layers_comes_from_the_key():
     assert not np.array_equal(first, other)
 
 
+@pytest.mark.exhaustive
 def test_a_length_of_any_size_is_exported():
     torch.manual_seed(0)
     layer = nn.LSTM(3, 4).double()

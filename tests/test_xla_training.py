@@ -27,6 +27,7 @@ def gpt2():
     return transformers.GPT2LMHeadModel(config)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")
 def test_a_gpt2_learns_the_same_through_both_engines(x32):
     tokens = np.random.default_rng(0).integers(0, 64, (8, 17))
