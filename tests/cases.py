@@ -161,6 +161,11 @@ def some(values: Iterable[str], quick: Sequence[str]) -> list[Any]:
     return [pytest.param(v, marks=() if v in quick else pytest.mark.exhaustive) for v in values]
 
 
+def one_in(n: int, values: Sequence[Any]) -> list[Any]:
+    """Values of one parameter, of which `make test` runs each `n`-th; the others are exhaustive."""
+    return [pytest.param(v, marks=() if i % n == 0 else pytest.mark.exhaustive) for i, v in enumerate(values)]
+
+
 def arrays(tensors: Sequence[torch.Tensor]) -> list[jax.Array]:
     """Copies of tensors as arrays."""
     return [pytorch2jax.t2j(t, copy=True) for t in tensors]

@@ -430,6 +430,7 @@ else:
 """
 
 
+@pytest.mark.exhaustive
 def test_a_saved_program_does_not_call_the_function_of_another_process(tmp_path):
     command = [sys.executable, "-c", SAVED, str(tmp_path / "program")]
     subprocess.run([*command, "sin"], capture_output=True, timeout=120, check=True)

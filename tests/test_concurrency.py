@@ -237,6 +237,7 @@ def interrupted():
     return json.loads(run(INTERRUPTED))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("when", ["first", "later"])
 @pytest.mark.parametrize("where", re.findall(r'^    "(.*)": ', INTERRUPTED, re.MULTILINE))
 def test_ctrl_c_while_torch_runs_is_a_keyboard_interrupt(interrupted, where, when):
@@ -278,6 +279,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.exhaustive
 def test_ctrl_c_while_xlas_thread_runs_torch():
     assert run(BACKGROUND) == "done\n"
 

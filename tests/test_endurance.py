@@ -110,7 +110,7 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", some(CALLS, ["jitted", "pullback that is dropped"]))
+@pytest.mark.parametrize("name", some(CALLS, ["jitted"]))
 def test_calls(name):
     times = CALLS[name] * TIMES
     grown, left = growth(call_of(name), times, warm=times // 4)
@@ -271,7 +271,8 @@ print(f(jnp.ones(3)))
 """
 
 
-@pytest.mark.parametrize("when", some(["early", "late"], ["late"]))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("when", ["early", "late"])
 def test_forks(when):
     result = subprocess.run(
         [sys.executable, "-c", FORK, when], capture_output=True, text=True, timeout=120, check=False

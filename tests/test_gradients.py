@@ -57,7 +57,7 @@ RULES = {
 
 
 @pytest.mark.parametrize("tape", [True, pytest.param(False, marks=pytest.mark.exhaustive)], ids=["tape", "recomputed"])
-@pytest.mark.parametrize("name", some(RULES, ["one active input", "batched"]))
+@pytest.mark.parametrize("name", some(RULES, ["jitted"]))
 def test_rules_to_third_order(name, tape):
     options = {"vmap_method": "sequential"} if name == "a batch without rules" else {}
     with use_tape(tape):
@@ -123,7 +123,7 @@ class _Likelihood(nn.Module):
         return self.loss(x, y, self.variance.exp())
 
 
-@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("train", [pytest.param(False, marks=pytest.mark.exhaustive), True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_by_finite_differences(name, train):
     """Parameters and inputs along one direction, in both modes."""

@@ -175,6 +175,7 @@ def test_the_example():
     assert float(accuracy[1]) > 85
 
 
+@pytest.mark.exhaustive
 def test_the_example_refuses_what_it_cannot_do():
     command = [sys.executable, str(ROOT / "examples" / "data_parallel.py")]
     for options, message in (["--processes=7"], "expected a divisor of 96, got 7"), (["--process=0"], "both or none"):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from cases import one_in
 
 from pytorch2jax import Pytorch2JaxError, torch2jax
 
@@ -299,7 +300,7 @@ def test_random_programs(program, stack):
         hypothesis.event(" of ".join(reversed(stack)) or "eager")
 
 
-@pytest.mark.parametrize("stack", [["grad"], ["jvp"], ["vmap", "jit"], ["grad", "vmap"], ["scan", "grad"]])
+@pytest.mark.parametrize("stack", one_in(3, [["grad"], ["jvp"], ["vmap", "jit"], ["scan", "grad"], ["grad", "vmap"]]))
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.filterwarnings("ignore::pytorch2jax.LoopWarning")
 def test_each_step(name, stack):

@@ -452,6 +452,7 @@ def test_the_forward_pass_runs_once():
     assert runs == ["forward", "forward"]
 
 
+@pytest.mark.exhaustive
 def test_static_values_that_change_all_the_time():
     f = jax2torch(lambda x, n: x * n)
     for n in range(300):

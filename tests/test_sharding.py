@@ -166,7 +166,7 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.parametrize("tape", [True, False])
+@pytest.mark.parametrize("tape", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_each_device_has_its_part_of_the_batch(name, tape):
     seen = []

@@ -106,7 +106,7 @@ REVERSE = {
 }
 
 
-@pytest.mark.parametrize("jit", [True, False], ids=["jitted", "eager"])
+@pytest.mark.parametrize("jit", [True, pytest.param(False, marks=pytest.mark.exhaustive)], ids=["jitted", "eager"])
 @pytest.mark.parametrize("name", REVERSE)
 def test_the_forward_pass_runs_once(name, jit):
     transform, runs = REVERSE[name]

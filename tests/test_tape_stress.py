@@ -226,7 +226,7 @@ def programs(n):
     )(hypothesis.given(st.recursive(st.sampled_from(sorted(LEAVES)), extend, max_leaves=4), st.booleans())(test))
 
 
-@programs(8)
+@programs(5)
 def test_the_tape_changes_nothing_in_a_few_programs(tree, jitted):
     check(tree, jitted)
 

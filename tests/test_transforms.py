@@ -27,7 +27,7 @@ QUICK = (
     "reads a value",
 )
 """One case of each kind: these go through all transformations in `make test`; the others through `grad` and `vmap`."""
-ALL = [case.name for case in CASES]
+ALL = [case.name for case in CASES if case.name not in ("encoder", "lstm")]
 
 
 def built(param):

@@ -61,6 +61,9 @@ def builder(folder):
     return python
 
 
+pytestmark = pytest.mark.exhaustive
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
@@ -83,7 +86,6 @@ def test_what_is_in_the_wheel(wheel):
     }
 
 
-@pytest.mark.exhaustive
 def test_the_wheel_works_without_the_source_tree(wheel, tmp_path):
     """In an empty environment, which finds the wheel's dependencies, and nothing else, in this one's folder."""
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "env")
