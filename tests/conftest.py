@@ -5,6 +5,7 @@ The tests run on JAX's default device. `PYTORCH2JAX_TEST_DEVICE=cuda` (or `cpu`)
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 
@@ -17,6 +18,9 @@ from pytorch2jax._tape import TAPE
 
 _PLATFORMS = {"cpu": "cpu", "cuda": "cuda,cpu"}
 _DEVICE = os.environ.get("PYTORCH2JAX_TEST_DEVICE")
+
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+"""Gives memory that is free back to the system, where the C library can."""
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_num_cpu_devices", 8)
@@ -50,6 +54,8 @@ def _caches_of_one_file():
     yield
     jax.clear_caches()
     gc.collect()
+    if _trim is not None:
+        _trim(0)
 
 
 @pytest.fixture(autouse=True)

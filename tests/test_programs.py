@@ -300,7 +300,7 @@ def test_random_programs(program, stack):
         hypothesis.event(" of ".join(reversed(stack)) or "eager")
 
 
-@pytest.mark.parametrize("stack", one_in(3, [["grad"], ["jvp"], ["vmap", "jit"], ["scan", "grad"], ["grad", "vmap"]]))
+@pytest.mark.parametrize("stack", one_in(5, [["grad", "vmap"], ["grad"], ["jvp"], ["vmap", "jit"], ["scan", "grad"]]))
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.filterwarnings("ignore::pytorch2jax.LoopWarning")
 def test_each_step(name, stack):
