@@ -20,6 +20,7 @@ import torch
 
 from pytorch2jax._arguments import Arguments
 from pytorch2jax._buffers import Buffers
+from pytorch2jax._control_flow import RUN
 from pytorch2jax._destination import IntoBuffer, Maker, out_variant
 from pytorch2jax._dtypes import dtype_j2t, narrowed
 from pytorch2jax._errors import (
@@ -40,7 +41,7 @@ from pytorch2jax._inference import (
     is_output_leaf,
     run_without_graph,
 )
-from pytorch2jax._internals import is_fake
+from pytorch2jax._internals import is_fake, operators_on_functions
 from pytorch2jax._nesting import without_jax
 from pytorch2jax._options import Options
 from pytorch2jax._program import Around, Axes, Batching, Program, RootProgram, Style, Tensors
@@ -197,7 +198,7 @@ class BoundFunction(RootProgram):
         if output_shapes is not None:
             self.inferred = declared(self.name, output_shapes, len(self._tensor_specs))
         else:
-            with self.session(), self._callable.learning():
+            with self._plain_session(), self._callable.learning():
                 values = functools.partial(self._values, arrays)
                 around = self._callable.surroundings()
                 call = without_jax(self.name, self._call)
@@ -331,11 +332,20 @@ class BoundFunction(RootProgram):
         return {} if function is None else function.compiled
 
     def session(self) -> contextlib.AbstractContextManager[None]:
+        session = self._plain_session()
+        return self._session_with_functions(session) if self.inferred.operates_on_functions else session
+
+    def _plain_session(self) -> contextlib.AbstractContextManager[None]:
         return self._callable.exclusive() if self.state.is_current() else self._session_in_state()
 
     @contextlib.contextmanager
     def _session_in_state(self) -> Iterator[None]:
         with self._callable.exclusive(), self.state.applied():
+            yield
+
+    @contextlib.contextmanager
+    def _session_with_functions(self, session: contextlib.AbstractContextManager[None]) -> Iterator[None]:
+        with session, operators_on_functions(RUN):
             yield
 
     def deliver(self, tensors: Sequence[torch.Tensor], buffers: Buffers) -> None:
@@ -355,7 +365,8 @@ class BoundFunction(RootProgram):
         inferred = self.inferred
         same_inputs = self._plain and not self._converts
         one_output = inferred.tree.kind == "leaf" and not inferred.changed
-        return same_inputs and one_output and inferred.certain and self._out_dtypes[0] is inferred.outputs[0].dtype
+        plain = inferred.certain and not inferred.operates_on_functions
+        return same_inputs and one_output and plain and self._out_dtypes[0] is inferred.outputs[0].dtype
 
     def call_straight(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """The output for these inputs of the program, if it `is_straight` and torch's state is current."""

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from pytorch2jax._control_flow import RUN, TRIED, Noticed
 from pytorch2jax._destination import Maker
 from pytorch2jax._dtypes import canonical_dtype_t2j, dtype_j2t
 from pytorch2jax._errors import InferenceError, LeafTypeError, Pytorch2JaxError, StateError
-from pytorch2jax._internals import fake_tensor_mode
+from pytorch2jax._internals import fake_tensor_mode, operators_on_functions
 from pytorch2jax._torch_state import differentiable_kernels, forked_generators, host_generators
-from pytorch2jax._tracking import Exposure, Tracker, forget, no_operator_on_functions, operator_on_functions
+from pytorch2jax._tracking import Exposure, Tracker, forget
 from pytorch2jax._trees import CONSTANTS, OutputTree, flatten_output, output_paths, static_outputs
 
 
@@ -60,6 +61,8 @@ class Inferred(NamedTuple):
     asks: whether it wants to know of tensors whether they require a gradient, which forward mode and `torch.vmap` deny.
     n_operators: how many operators it runs.
     maker: which of them makes the output, where that is one tensor.
+    operates_on_functions: whether it calls an operator on functions (`torch.cond`), so that any call needs
+        `operators_on_functions`.
     """
 
     outputs: tuple[TensorSpec, ...]
@@ -77,6 +80,7 @@ class Inferred(NamedTuple):
     asks: bool = False
     n_operators: int = sys.maxsize
     maker: Maker | None = None
+    operates_on_functions: bool = False
 
 
 # A torch function over flat tensors: returns what the user's function returned, and the values that the
@@ -141,9 +145,6 @@ def infer(
         except Pytorch2JaxError:
             raise
         except Exception as error:
-            operator = operator_on_functions(error)
-            if operator is not None:
-                raise InferenceError(f"{name}: {no_operator_on_functions(operator)}") from error
             raise InferenceError(
                 f"{name}: running it once to learn its outputs failed: {type(error).__name__}: {error}\n"
                 f"Inputs: {', '.join(f'{s.path}: {s.dtype}{list(s.shape)}' for s in inputs) or 'none'}. "
@@ -160,23 +161,26 @@ def _infer_fake(
     with differentiable_kernels(), fake_tensor_mode():
         tensors = [torch.empty(s.shape, dtype=s.dtype, device=device) for s in inputs]
         tracker = Tracker(tensors, tensors[around.n_own :])
-        with tracker:
+        noticed = Noticed(TRIED)
+        with tracker, operators_on_functions(noticed):
             result, needs_grad = run_without_graph(call, tensors, exposure)
             inferred = _conclude(name, result, tensors, tracker)._replace(needs_grad=needs_grad)
         kept = [(where, tensor) for where, tensor in around.left_behind() if tracker.is_derived(tensor)]
         if kept:
             _check_not_read(name, call, inputs, device, kept)
     _check_foreign(name, around, tracker)
-    inferred = _noticed(inferred, tracker, exposure)
+    inferred = _noticed(inferred, tracker, exposure, noticed)
     written = frozenset(range(len(inputs))) if exposure.happened else exposure.outputs_among(tensors)
     inferred = inferred._replace(written=inferred.written | written)
     return _with_host_randomness(inferred, host), tracker
 
 
-def _noticed(inferred: Inferred, tracker: Tracker, exposure: Exposure) -> Inferred:
+def _noticed(inferred: Inferred, tracker: Tracker, exposure: Exposure, operators: Noticed) -> Inferred:
     """What those that watched a run say about derivatives, and about tensors as objects."""
     errs = exposure.cuts or exposure.asks or tracker.has_wrong_tangents
-    return inferred._replace(forward_mode_errs=errs, marks=exposure.marks, asks=exposure.asks)
+    return inferred._replace(
+        forward_mode_errs=errs, marks=exposure.marks, asks=exposure.asks, operates_on_functions=operators.any
+    )
 
 
 def _check_foreign(name: str, around: Surroundings, tracker: Tracker) -> None:
@@ -229,7 +233,7 @@ def _check_not_read(
 ) -> None:
     """Run once more, to see whether that run reads what the first one has kept of its arguments."""
     tensors = [torch.empty(s.shape, dtype=s.dtype, device=device) for s in inputs]
-    with Tracker(tensors, [tensor for _, tensor in kept]) as tracker:
+    with Tracker(tensors, [tensor for _, tensor in kept]) as tracker, operators_on_functions(TRIED):
         run_without_graph(call, tensors)
     read = sorted({where for where, tensor in kept if tracker.has_read(tensor)})
     if read:
@@ -245,11 +249,12 @@ def _infer_real(
 ) -> Inferred:
     before, host = [t.clone() for t in tensors], host_generators()
     exposure = Exposure()
-    with Tracker(tensors) as tracker:
+    noticed = Noticed(RUN)
+    with Tracker(tensors) as tracker, operators_on_functions(noticed):
         result, needs_grad = run_without_graph(call, tensors, exposure)
         inferred = _conclude(name, result, tensors, tracker)
     _check_foreign(name, around, tracker)
-    inferred = _noticed(inferred, tracker, exposure)
+    inferred = _noticed(inferred, tracker, exposure, noticed)
     differing = {i for i, (new, old) in enumerate(zip(tensors, before, strict=True)) if not _same_bits(new, old)}
     # On other values it may write to others of its arguments. Of its own tensors, which are many, only those are
     # copied that this run wrote to; a write to another one is an error at run time.
@@ -357,4 +362,4 @@ def declared(name: str, shapes: Any, n_inputs: int) -> Inferred:
         outputs.append(TensorSpec(tuple(leaf.shape), dtype, path))
         specs.append(Spec(tuple(leaf.shape), canonical_dtype_t2j(dtype)))
     everything = frozenset(range(n_inputs))
-    return Inferred(tuple(outputs), tuple(specs), tree, everything, (), True, None)
+    return Inferred(tuple(outputs), tuple(specs), tree, everything, (), True, None, operates_on_functions=True)

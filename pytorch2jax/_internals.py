@@ -66,6 +66,7 @@ __all__ = [
     "flat_vmap",
     "flatten_torch_node",
     "float_checks",
+    "generic_associative_scan",
     "gradient_edge",
     "has_backends",
     "has_memory",
@@ -90,8 +91,10 @@ __all__ = [
     "keeps_graph",
     "load_forward_mode",
     "lower_with_devices",
+    "math_attention",
     "mlir",
     "n_partitions",
+    "operators_on_functions",
     "output_aval",
     "outside_of_torch_compile",
     "outside_of_traces",
@@ -629,6 +632,98 @@ def is_under_dual_level() -> bool:
 def is_turning_grad_off(func: Any, args: Sequence[Any]) -> bool:
     """Whether a call that a `TorchFunctionMode` sees is `torch.no_grad()` at work."""
     return func is torch._C._set_grad_enabled and not args[0]
+
+
+class _Handlers(threading.local):
+    """What this thread wants called instead of torch's operators on functions."""
+
+    current: Mapping[str, Callable[..., Any]] | None = None
+
+
+_HANDLERS = _Handlers()
+_LOCK_OF_HANDLERS = threading.Lock()
+_n_handling = 0
+_call_operator = HigherOrderOperator.__call__
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_THAT_COMPILE = frozenset({"cond", "while_loop", "_maybe_compile_and_run_fn", "flex_attention"})
+"""Functions of torch's that call `torch.compile` unless it is at work already."""
+
+
+@contextlib.contextmanager
+def operators_on_functions(handlers: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Within this context, this thread's calls of torch's operators on functions arrive at these, by name.
+
+    Torch's own functions (`torch.cond`) compile before they call the operator, unless `torch.compile` is at work: they
+    are told that it is.
+    """
+    global _n_handling
+    before, _HANDLERS.current = _HANDLERS.current, handlers
+    with _LOCK_OF_HANDLERS:
+        _n_handling += 1
+        if _n_handling == 1:
+            HigherOrderOperator.__call__ = _handled  # type: ignore[method-assign]
+            torch.compiler.is_dynamo_compiling = _is_dynamo_compiling_or_handled
+            _set_check_of_flex_attention(_no_check)
+    try:
+        yield
+    finally:
+        _HANDLERS.current = before
+        with _LOCK_OF_HANDLERS:
+            _n_handling -= 1
+            if _n_handling == 0:
+                HigherOrderOperator.__call__ = _call_operator  # type: ignore[method-assign]
+                torch.compiler.is_dynamo_compiling = _is_dynamo_compiling
+                _set_check_of_flex_attention(None)
+
+
+def _handled(self: HigherOrderOperator, /, *args: Any, **kwargs: Any) -> Any:
+    handlers = _HANDLERS.current
+    if handlers is None or self.name() not in handlers:
+        return _call_operator(self, *args, **kwargs)
+    return handlers[self.name()](*args, **kwargs)
+
+
+def _is_dynamo_compiling_or_handled() -> bool:
+    if _is_dynamo_compiling():
+        return True
+    if _HANDLERS.current is None:
+        return False
+    code = sys._getframe(1).f_code
+    ours = code.co_filename.endswith("flex_attention.py") or "_higher_order_ops" in code.co_filename
+    return ours and code.co_name in _THAT_COMPILE
+
+
+_CHECK = "_validate_device"
+_checks: list[Callable[..., None]] = []
+
+
+def _set_check_of_flex_attention(check: Callable[..., None] | None) -> None:
+    """Set what refuses gradients on the host, where torch's kernel has none and plain operators have; None: its own."""
+    module = sys.modules.get("torch.nn.attention.flex_attention")
+    if check is not None and hasattr(module, _CHECK):
+        _checks.append(getattr(module, _CHECK))
+        setattr(module, _CHECK, check)
+    elif check is None and _checks:
+        setattr(module, _CHECK, _checks.pop())
+
+
+def _no_check(*tensors: torch.Tensor) -> None:
+    if _HANDLERS.current is None:
+        _checks[0](*tensors)
+
+
+def generic_associative_scan(*args: Any, **kwargs: Any) -> Any:
+    """Torch's own scan for an associative function, of plain operators."""
+    from torch._higher_order_ops.associative_scan import generic_associative_scan as function
+
+    return function(*args, **kwargs)
+
+
+def math_attention(*args: Any) -> Any:
+    """Torch's own `flex_attention`, of plain operators: output, logarithms of sums and largest scores, base 2."""
+    from torch._higher_order_ops.flex_attention import math_attention as function
+
+    return function(*args)
 
 
 def outside_of_torch_compile(function: _Function) -> _Function:

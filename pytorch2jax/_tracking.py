@@ -6,7 +6,6 @@ import collections
 import functools
 import gc
 import sys
-import traceback
 import weakref
 from collections.abc import Iterator, Sequence
 from types import FrameType
@@ -16,7 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from pytorch2jax._destination import Maker
-from pytorch2jax._errors import InferenceError, RandomnessError
+from pytorch2jax._errors import RandomnessError
 from pytorch2jax._internals import HigherOrderOperator, TorchDispatchMode, is_turning_grad_off, torch_pytree
 
 
@@ -96,8 +95,6 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if isinstance(func, HigherOrderOperator):  # what its functions do is not seen
-            if func.name() in COMPILED_OPERATORS:
-                raise InferenceError(no_operator_on_functions(func.name()))
             return func(*args, **kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags and not _draws_nothing(func, args, kwargs):
             self.random = True
@@ -128,28 +125,6 @@ class Tracker(TorchDispatchMode):
             self._derived.update(map(_storage, outputs))
             self._alive += outputs
         self._fakes += [weakref.ref(t) for t in outputs if _is_fake(t)]
-
-
-COMPILED_OPERATORS = frozenset({"cond", "flex_attention", "map_impl", "scan", "while_loop"})
-"""Operators on functions that torch runs through `torch.compile`, also where nobody has compiled anything."""
-
-
-def no_operator_on_functions(name: str) -> str:
-    """What to say where a function calls one of these."""
-    return (
-        f"{name}: expected operators on tensors, got one on functions, which torch runs through `torch.compile`. That "
-        "cannot run inside of JAX's calls, on either engine. Write it in Python (`if`, `while`, `for`, which "
-        '`backend="torch"` runs; `torch.where` on both), and attention as `scaled_dot_product_attention` with a mask.'
-    )
-
-
-def operator_on_functions(error: BaseException) -> str | None:
-    """The operator on functions in which an exception was raised, by the name of torch's function, or None."""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        path, name = frame.f_code.co_filename, frame.f_code.co_name
-        if name in COMPILED_OPERATORS and ("_higher_order_ops" in path or path.endswith("flex_attention.py")):
-            return name
-    return None
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

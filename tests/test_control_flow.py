@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pytorch2jax import InferenceError, torch2jax
+from pytorch2jax import torch2jax
 
 pytestmark = pytest.mark.usefixtures("tape")
 
@@ -137,39 +137,3 @@ def test_two_threads_call_one_jitted_function():
     assert len(results) == 100
     for result in results:
         np.testing.assert_array_equal(result, expected)
-
-
-# -- torch's own operators on functions ------------------------------------------------------------------------
-
-
-def _cond(x):
-    return torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))
-
-
-def _while(x):
-    from torch._higher_order_ops import while_loop
-
-    return while_loop(lambda i, x: i < 3, lambda i, x: (i + 1, x * 1.5), (torch.tensor(0), x))[1]
-
-
-def _scan(x):
-    from torch._higher_order_ops import scan
-
-    return scan(lambda carry, row: (carry + row, carry * row), torch.zeros_like(x[0]), x)[1]
-
-
-def _flex(x):
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return flex_attention(x[None, None], x[None, None], x[None, None], score_mod=lambda s, b, h, i, j: s + i - j)
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("backend", ["torch", "xla"])
-@pytest.mark.parametrize("fn", [_cond, _while, _scan, _flex], ids=lambda fn: fn.__name__)
-def test_operators_on_functions_are_refused_by_name(fn, backend):
-    """Torch runs them through its compiler, which cannot run here."""
-    name = {_while: "while_loop", _flex: "flex_attention"}.get(fn, fn.__name__.removeprefix("_"))
-    x = jnp.ones((4, 4), jnp.float32)
-    with pytest.raises(InferenceError, match=rf"{name}: expected operators on tensors.*on either engine.*`if`"):
-        torch2jax(fn, backend=backend)(x)

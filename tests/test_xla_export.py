@@ -17,6 +17,7 @@ import torch
 from cases import one_in, some
 from models import MODELS
 from torch import nn
+from torch._higher_order_ops import scan
 
 from pytorch2jax import CaptureError, ExportError, convert_pytnn_to_jax, torch2jax
 from pytorch2jax.xla._symbolic import sizes_to_try
@@ -405,6 +406,18 @@ def test_a_model_of_transformers_for_all_batch_sizes(name):
         with torch.no_grad():
             expected = net(x, **kwargs)[0]
         np.testing.assert_allclose(program.call(x.numpy().astype(dtype)), expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_control_flow_of_torchs_for_all_sizes():
+    def fn(x):
+        ys = scan(lambda carry, row: (carry + row, carry * row), x[0], x)[1]
+        return torch.cond(x.sum() > 0, lambda y: y.sin() * y.shape[0], torch.cos, (ys,))
+
+    program = exported_for_all(torch2jax(fn, backend="xla"), "b, 3")
+    for x in (torch.ones(2, 3), torch.randn(5, 3), -torch.ones(4, 3)):
+        carried = torch.cat([x[:1], x[0] + x.cumsum(0)[:-1]])
+        expected = (carried * x).sin() * len(x) if x.sum() > 0 else (carried * x).cos()
+        np.testing.assert_allclose(program.call(x.numpy()), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_calls_of_torch_cannot_be_saved():

@@ -12,9 +12,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from pytorch2jax._errors import CaptureError, Pytorch2JaxError
-from pytorch2jax._internals import fake_tensor_mode, is_functorch_active
+from pytorch2jax._internals import fake_tensor_mode, is_functorch_active, operators_on_functions
 from pytorch2jax._torch_state import differentiable_kernels, forked_generators
-from pytorch2jax._tracking import no_operator_on_functions, operator_on_functions
+from pytorch2jax.xla._control_flow import handlers
 from pytorch2jax.xla._decompositions import DETACHING, FUNCTIONS, batch_norm_with_cumulative_average
 from pytorch2jax.xla._graph import Graph, pruned
 from pytorch2jax.xla._hand_written import record_function
@@ -49,6 +49,7 @@ def capture(
             taken = [recorder.take(tensor) for tensor in tensors]
             try:
                 with (
+                    operators_on_functions(handlers(recorder)),
                     custom_functions(functools.partial(record_function, recorder)),
                     cumulative_batch_norms(batch_norm_with_cumulative_average),
                     refusing_module_hooks(name),
@@ -96,9 +97,6 @@ _TORCH, _OURS = Path(torch.__file__).parent, Path(__file__).parent.parent
 
 def _not_captured(name: str, error: Exception) -> CaptureError:
     """What to say where fake tensors cannot follow: at which line of the model, and what to do."""
-    operator = operator_on_functions(error)
-    if operator is not None:
-        return CaptureError(f"{name}: {no_operator_on_functions(operator)}")
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if not any(Path(f.filename).is_relative_to(p) for p in (_TORCH, _OURS))]
     where = f" at {own[-1].filename}:{own[-1].lineno} (`{own[-1].line}`)" if own else ""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pytorch2jax._dtypes import canonical_dtype_t2j
-from pytorch2jax.xla._graph import Equation, Var, variables
+from pytorch2jax.xla._graph import Equation, Unifiable, Var, used
 from pytorch2jax.xla._interpret import run
 from pytorch2jax.xla._linearity import is_linear
 
 
-class CustomGradient:
+class CustomGradient(Unifiable):
     """A function of arrays with a backward of its own.
 
     Args:
@@ -56,19 +54,13 @@ class CustomGradient:
         self._backward, self._gradients = backward, gradients
         made_forward = {var for e in forward for var in e.outputs}
         made_backward = {var for e in backward for var in e.outputs}
-        used_backward = dict.fromkeys([*_used(backward), *(g for g in gradients if g is not None)])
+        used_backward = dict.fromkeys([*used(backward), *(g for g in gradients if g is not None)])
         known = {*primals, *made_forward, *cotangents, *made_backward}
-        wanted = [*_used(forward), *outputs, *used_backward]
+        wanted = [*used(forward), *outputs, *used_backward]
         self.free = tuple(dict.fromkeys(v for v in wanted if v not in known))
         self._linear: bool | None = None
         # What the backward pass needs from the forward pass.
         self._kept = [v for v in used_backward if v not in made_backward and v not in cotangents]
-
-    def unified(self, functions: Sequence[Any], unified: Callable[[Sequence[Any]], Any]) -> CustomGradient:
-        """One for all sizes of those at several, with formulas for their numbers."""
-        new = copy.copy(self)
-        vars(new).update(unified([vars(f) for f in functions]))
-        return new
 
     def __call__(self, *arrays: Any, key: Any = None) -> tuple[Any, ...]:
         n = len(self._primals)
@@ -148,7 +140,3 @@ def _as_tangent(tangent: Any, output: Any) -> Any:
     if jnp.issubdtype(output.dtype, jnp.inexact):
         return tangent
     return np.zeros(output.shape, jax.dtypes.float0)
-
-
-def _used(equations: tuple[Equation, ...]) -> list[Var]:
-    return [v for e in equations for v in (*variables(e.args), *variables(e.kwargs))]

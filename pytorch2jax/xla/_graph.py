@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -92,6 +93,21 @@ def replaced(tree: Any, of: Callable[[Any], Any], kind: type) -> Any:
     if isinstance(tree, dict):
         return {name: replaced(item, of, kind) for name, item in tree.items()}
     return tree
+
+
+class Unifiable:
+    """An operator of this engine's own, for which attributes hold what differs with sizes."""
+
+    def unified(self, operators: Sequence[Any], unified: Callable[[Sequence[Any]], Any]) -> Any:
+        """One for all sizes of those at several, with formulas for their numbers."""
+        new = copy.copy(self)
+        vars(new).update(unified([vars(f) for f in operators]))
+        return new
+
+
+def used(equations: Sequence[Equation]) -> list[Var]:
+    """The variables that equations take, as often as they take them."""
+    return [var for e in equations for var in (*variables(e.args), *variables(e.kwargs))]
 
 
 def pruned(equations: Sequence[Equation], wanted: Sequence[Var]) -> tuple[Equation, ...]:

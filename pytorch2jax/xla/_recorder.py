@@ -20,7 +20,6 @@ from pytorch2jax._internals import (
     TorchDispatchMode,
     is_inside_autograd_function,
 )
-from pytorch2jax._tracking import no_operator_on_functions
 from pytorch2jax.xla import _writes as writes
 from pytorch2jax.xla._bridged import bridged
 from pytorch2jax.xla._decompositions import OPERATORS, bmm_with_one
@@ -168,7 +167,10 @@ class Recorder(TorchDispatchMode):
         if self._asleep:
             return func(*args, **kwargs)
         if isinstance(func, HigherOrderOperator):
-            raise CaptureError(f"{self.name}: {no_operator_on_functions(func.name())}")
+            raise CaptureError(
+                f"{self.name}: {func.name()}: an operator on functions that JAX has no counterpart of. Use "
+                '`backend="torch"`, which runs it as it is.'
+            )
         if is_traced_by_others():
             raise CaptureError(
                 f"{self.name}: expected a function that torch runs, got one that traces its operators itself "
@@ -263,20 +265,32 @@ class Recorder(TorchDispatchMode):
         return self.n_draws - 1
 
     @contextmanager
-    def hand_written(self) -> Iterator[None]:
-        """Within this context, equations go into a list of their own, and grad mode is off as in any backward pass.
+    def apart(self) -> Iterator[None]:
+        """Within this context, equations go into a list of their own.
 
         What is found out about tensors there is forgotten: it is in variables that nobody else has.
         """
         outer = self.equations, self._storages, self._vars
         self.equations, self._vars = [], dict(self._vars)
         self._storages = {key: storage.copy(self.equations) for key, storage in self._storages.items()}
-        self._depth += 1
         try:
             yield
         finally:
-            self._depth -= 1
             self.equations, self._storages, self._vars = outer
+
+    def versions(self) -> dict[int, int]:
+        """How often each storage was written to."""
+        return {key: storage.version for key, storage in self._storages.items()}
+
+    @contextmanager
+    def hand_written(self) -> Iterator[None]:
+        """The same, where grad mode is off as in any backward pass."""
+        with self.apart():
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
 
     @property
     def differentiates(self) -> bool:

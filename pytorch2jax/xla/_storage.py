@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from pytorch2jax.xla._graph import Equation, Var
+from pytorch2jax.xla._graph import Equation, Unifiable, Var
 from pytorch2jax.xla._sizes import as_array, count, slice_of, with_slices
 
 
@@ -122,7 +122,7 @@ def _indices(part: Geometry) -> Any:
     return places
 
 
-class Access:
+class Access(Unifiable):
     """Reading a part of a storage, or writing to it, as a function of arrays.
 
     Args:

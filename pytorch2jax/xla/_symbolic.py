@@ -22,7 +22,7 @@ from pytorch2jax._inference import Spec
 from pytorch2jax._internals import bounds_of, size_at, symbols_of
 from pytorch2jax._trees import OutputTree
 from pytorch2jax.xla._bridged import Bridged
-from pytorch2jax.xla._graph import Equation, Graph, Var
+from pytorch2jax.xla._graph import Equation, Graph, Unifiable, Var
 from pytorch2jax.xla._internals import aten
 from pytorch2jax.xla._interpret import ON_SIZES
 
@@ -261,7 +261,7 @@ class Unifier:
                 f"{self._name}: {first.name}: expected operators with a JAX function, got one that torch has to run, "
                 "where sizes are numbers. Such a program cannot be exported."
             )
-        if hasattr(operator, "unified"):
+        if isinstance(operator, Unifiable):
             operator = operator.unified([e.operator for e in group], self.unified)
         elif any(e.operator != operator for e in group):
             raise self._differs(first.name)
@@ -288,6 +288,8 @@ class Unifier:
             return self._var(values)
         if isinstance(first, Equation):
             return self._equation(values)
+        if isinstance(first, Unifiable):
+            return first.unified(values, self.unified)
         if isinstance(first, (list, tuple)):
             if len({len(v) for v in values}) > 1:
                 raise self._differs("the length of an argument")
