@@ -106,7 +106,8 @@ def test_higher_order_and_forward_mode_with_types_that_vary():
     def batched(f):
         return specs(lambda x, w: jax.lax.psum(jax.vmap(f, in_axes=(0, None))(x, w).sum(), "i"))
 
-    for transform in (hessian, pushed, batched):
+    transforms = (hessian, pushed, batched)
+    for transform in transforms if jax.__version_info__ >= (0, 9) else transforms[1:]:  # older JAX has none of its own
         got, expected = (jax.jit(transform(f))(X, W) for f in (torch2jax(layer), jax_layer))
         np.testing.assert_allclose(got, expected, rtol=1e-9)
 

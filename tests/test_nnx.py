@@ -221,7 +221,8 @@ def test_copies_and_views_of_nnx_modules():
     module = convert_pytnn_to_nnx(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)))
     x = jnp.ones((20, 3), jnp.float32)
     np.testing.assert_array_equal(copy.deepcopy(module)(x), module(x))
-    assert (np.asarray(nnx.view(module, deterministic=False)(x, rngs=KEY)) == 0).any()
+    if hasattr(nnx, "view"):  # flax 0.12.2
+        assert (np.asarray(nnx.view(module, deterministic=False)(x, rngs=KEY)) == 0).any()
     plain = convert_pytnn_to_nnx(nn.Linear(3, 3))
     plain(x, train=True, rngs=nnx.Rngs(params=0))  # draws nothing
     with pytest.raises(RandomnessError, match="expected a stream `dropout`"):

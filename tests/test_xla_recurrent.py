@@ -87,8 +87,10 @@ def equations(jaxpr, inside=False):
     for equation in jaxpr.eqns:
         yield equation, inside
         looped = inside or equation.primitive.name == "scan"
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            yield from equations(inner, looped)
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner, looped)
 
 
 def test_the_gradients_of_weights_are_summed_after_the_loop():
