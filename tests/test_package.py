@@ -142,6 +142,7 @@ ORDER = [
     "_torch_state",
     "_threads",
     "_composite",
+    "_control_flow",
     "_destination",
     "_tracking",
     "_inference",
