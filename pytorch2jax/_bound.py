@@ -41,7 +41,7 @@ from pytorch2jax._inference import (
     is_output_leaf,
     run_without_graph,
 )
-from pytorch2jax._internals import is_fake, operators_on_functions
+from pytorch2jax._internals import is_fake, is_functorch_active, operators_on_functions
 from pytorch2jax._nesting import without_jax
 from pytorch2jax._options import Options
 from pytorch2jax._program import Around, Axes, Batching, Program, RootProgram, Style, Tensors
@@ -410,7 +410,7 @@ class BoundFunction(RootProgram):
     @property
     def _converts(self) -> bool:
         """Whether the callable gets something else than the inputs of the program."""
-        return bool(self.is_seeded or self._widened or self._n_held or self._copied)
+        return bool(self.is_seeded or self._widened or self._n_held or self._copied or self.inferred.copies)
 
     def _prepared(self, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """What the callable gets for these inputs of the program, and the seed."""
@@ -424,6 +424,9 @@ class BoundFunction(RootProgram):
             inputs[given:given] = self._callable.constants(device)[given:]
         for index in self._copied:  # XLA's buffers are read only
             inputs[index] = inputs[index].clone()
+        if self.inferred.copies:
+            for tensor in inputs:
+                tensor.__deepcopy__ = functools.partial(_deep_copy, weakref.ref(tensor))  # type: ignore[method-assign]
         return inputs, seed
 
     def check_inputs(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -545,6 +548,17 @@ class BoundFunction(RootProgram):
         n_out = len(outputs) - n_changed
         changed = dict(zip(self.inferred.changed, outputs[n_out:], strict=True))
         return self.inferred.tree.unflatten(outputs[:n_out]), changed
+
+
+def _deep_copy(of: weakref.ref[torch.Tensor], memo: dict[int, Any]) -> torch.Tensor:
+    """What `copy.deepcopy` makes of a parameter: a leaf of its own, through which no gradient goes."""
+    tensor = of()
+    assert tensor is not None  # somebody is copying it
+    copied = tensor.detach().clone()
+    if tensor.requires_grad and not is_functorch_active():  # where torch allows no new leaves
+        copied.requires_grad_()
+    memo[id(tensor)] = copied
+    return copied
 
 
 def spec_of(array: Any) -> Spec:

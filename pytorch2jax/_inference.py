@@ -59,6 +59,7 @@ class Inferred(NamedTuple):
         inside, which forward mode ignores, because of `asks`, or because of an operator.
     marks: whether it does something to tensors as objects: their flags, their gradients, what they point to.
     asks: whether it wants to know of tensors whether they require a gradient, which forward mode and `torch.vmap` deny.
+    copies: whether it copies tensors (`copy.deepcopy`), which torch allows for leaves of a graph only.
     n_operators: how many operators it runs.
     maker: which of them makes the output, where that is one tensor.
     operates_on_functions: whether it calls an operator on functions (`torch.cond`), so that any call needs
@@ -78,6 +79,7 @@ class Inferred(NamedTuple):
     forward_mode_errs: bool = False
     marks: bool = True
     asks: bool = False
+    copies: bool = False
     n_operators: int = sys.maxsize
     maker: Maker | None = None
     operates_on_functions: bool = False
@@ -179,7 +181,11 @@ def _noticed(inferred: Inferred, tracker: Tracker, exposure: Exposure, operators
     """What those that watched a run say about derivatives, and about tensors as objects."""
     errs = exposure.cuts or exposure.asks or tracker.has_wrong_tangents
     return inferred._replace(
-        forward_mode_errs=errs, marks=exposure.marks, asks=exposure.asks, operates_on_functions=operators.any
+        forward_mode_errs=errs,
+        marks=exposure.marks,
+        asks=exposure.asks,
+        copies=exposure.copies,
+        operates_on_functions=operators.any,
     )
 
 

@@ -240,6 +240,7 @@ class Exposure(TorchFunctionMode):
     cuts: grad mode is turned off.
     marks: something is done to tensors as objects: their flags, their gradients, what they point to.
     asks: somebody wants to know whether a tensor requires a gradient.
+    copies: `copy.deepcopy` of a tensor.
     """
 
     _ASKING = vars(torch._C.TensorBase)["requires_grad"].__get__
@@ -267,6 +268,7 @@ class Exposure(TorchFunctionMode):
         self.cuts = False
         self.marks = False
         self.asks = False
+        self.copies = False
         self._out: set[int] = set()
 
     def outputs_among(self, tensors: Sequence[torch.Tensor]) -> frozenset[int]:
@@ -282,6 +284,8 @@ class Exposure(TorchFunctionMode):
             self.asks = True
         if func is _CHUNKED_LOSS and kwargs and kwargs.get("options") and kwargs.get("reduction") != "none":
             self.asks = True
+        if func is torch.Tensor.__deepcopy__:
+            self.copies = True
         if is_turning_grad_off(func, args):
             self.cuts = True
         if kwargs and "out" in kwargs:

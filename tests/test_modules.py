@@ -635,6 +635,17 @@ class ViewsOfOneTensor(nn.Module):
         return self.l(x) * self.first + self.second * self.whole
 
 
+class CopiesALayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.l = nn.Linear(3, 2)
+
+    def forward(self, x):
+        copied = copy.deepcopy(self.l)
+        assert copied.weight is not self.l.weight
+        return self.l(x).tanh() * copied(x)  # torch takes the copy for something else than the layer
+
+
 def frozen():
     return torch.jit.freeze(torch.jit.script(nn.Sequential(nn.Linear(3, 2), nn.ReLU()).eval()))
 
@@ -647,6 +658,7 @@ ODD = [
     SubmoduleNamedParams,
     SparseBuffer,
     ViewsOfOneTensor,
+    CopiesALayer,
     frozen,
 ]
 
@@ -669,6 +681,28 @@ def test_odd_modules(make, backend):
         found = [params_to_state_dict(model, gradients)[name] for name, _ in model.named_parameters()]
         for ours, theirs in zip(found, expected, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "xla"])
+def test_copies_of_a_layer_under_transformations(backend):
+    torch.manual_seed(0)
+    model, x = CopiesALayer().double(), torch.linspace(-1.0, 1.0, 6, dtype=torch.float64).reshape(2, 3)
+    apply, params = convert_pytnn_to_jax(model, backend=backend)
+
+    def loss(weight, x):
+        return apply({"l": {**params["l"], "weight": weight}}, x).sum()
+
+    weight, bias, fixed = model.l.weight.detach(), model.l.bias.detach(), model.l(x).detach()
+
+    def in_torch(weight):
+        return (torch.nn.functional.linear(x, weight, bias).tanh() * fixed).sum()
+
+    w, a = params["l"]["weight"], jnp.asarray(x.numpy())
+    gradient = torch.func.grad(in_torch)(weight)
+    by_example = jax.vmap(jax.grad(loss), (None, 0))(w, a)
+    np.testing.assert_allclose(by_example.sum(0), gradient, rtol=1e-9)
+    np.testing.assert_allclose(jax.jvp(lambda w: loss(w, a), (w,), (w,))[1], (gradient * weight).sum(), rtol=1e-9)
+    np.testing.assert_allclose(jax.jacfwd(lambda w: loss(w, a))(w), gradient, rtol=1e-9)
 
 
 def test_odd_modules_that_are_refused_by_name():
