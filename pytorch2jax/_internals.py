@@ -663,7 +663,7 @@ def operators_on_functions(handlers: Mapping[str, Callable[..., Any]]) -> Iterat
         if _n_handling == 1:
             HigherOrderOperator.__call__ = _handled  # type: ignore[method-assign]
             torch.compiler.is_dynamo_compiling = _is_dynamo_compiling_or_handled
-            _set_check_of_flex_attention(_no_check)
+            _let_flex_attention_differentiate(True)
     try:
         yield
     finally:
@@ -673,7 +673,7 @@ def operators_on_functions(handlers: Mapping[str, Callable[..., Any]]) -> Iterat
             if _n_handling == 0:
                 HigherOrderOperator.__call__ = _call_operator  # type: ignore[method-assign]
                 torch.compiler.is_dynamo_compiling = _is_dynamo_compiling
-                _set_check_of_flex_attention(None)
+                _let_flex_attention_differentiate(False)
 
 
 def _handled(self: HigherOrderOperator, /, *args: Any, **kwargs: Any) -> Any:
@@ -693,23 +693,23 @@ def _is_dynamo_compiling_or_handled() -> bool:
     return ours and code.co_name in _THAT_COMPILE
 
 
-_CHECK = "_validate_device"
-_checks: list[Callable[..., None]] = []
+_refuse_gradients: Callable[..., None] | None = None  # torch's own, once it has been seen
 
 
-def _set_check_of_flex_attention(check: Callable[..., None] | None) -> None:
-    """Set what refuses gradients on the host, where torch's kernel has none and plain operators have; None: its own."""
-    module = sys.modules.get("torch.nn.attention.flex_attention")
-    if check is not None and hasattr(module, _CHECK):
-        _checks.append(getattr(module, _CHECK))
-        setattr(module, _CHECK, check)
-    elif check is None and _checks:
-        setattr(module, _CHECK, _checks.pop())
+def _let_flex_attention_differentiate(lets: bool) -> None:
+    """Whether `flex_attention` takes gradients on the host, where torch's kernel has none and plain operators have."""
+    global _refuse_gradients
+    module: Any = sys.modules.get("torch.nn.attention.flex_attention")
+    if not hasattr(module, "_validate_device"):
+        return
+    if _refuse_gradients is None:
+        _refuse_gradients = module._validate_device
+    module._validate_device = _refuse_gradients_elsewhere if lets else _refuse_gradients
 
 
-def _no_check(*tensors: torch.Tensor) -> None:
-    if _HANDLERS.current is None:
-        _checks[0](*tensors)
+def _refuse_gradients_elsewhere(*tensors: torch.Tensor) -> None:
+    if _HANDLERS.current is None and _refuse_gradients is not None:
+        _refuse_gradients(*tensors)
 
 
 def generic_associative_scan(*args: Any, **kwargs: Any) -> Any:
