@@ -27,6 +27,7 @@ from pytorch2jax._internals import (
     is_held_elsewhere,
     jit_disabled,
     uncommitted,
+    with_mesh,
     without_float_checks,
 )
 from pytorch2jax._nesting import refusal, refusing_jax
@@ -87,8 +88,7 @@ def _alone_on(device: Any) -> contextlib.AbstractContextManager[Any]:
     """Without the mesh of `jax.set_mesh`, on whose devices JAX would otherwise compile and run everything."""
     if jax.sharding.get_abstract_mesh().empty:
         return contextlib.nullcontext()
-    context: contextlib.AbstractContextManager[Any] = jax.set_mesh(Mesh(np.array([device]), ("device",)))
-    return context
+    return with_mesh(Mesh(np.array([device]), ("device",)))
 
 
 def _replicated(array: jax.Array, mesh: Mesh, memory_kind: str | None) -> jax.Array:

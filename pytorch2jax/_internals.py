@@ -116,6 +116,7 @@ __all__ = [
     "unflatten_torch_node",
     "unwrap_if_dead",
     "vary_together",
+    "with_mesh",
     "without_float_checks",
     "without_subclasses",
     "x64_enabled",
@@ -415,6 +416,24 @@ def outside_of_traces() -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
     context: contextlib.AbstractContextManager[None] = jax.ensure_compile_time_eval()
     return context
+
+
+@contextlib.contextmanager
+def with_mesh(mesh: jax.sharding.Mesh) -> Iterator[None]:
+    """As `jax.set_mesh`, which older versions of JAX refuse inside of `jax.vmap`."""
+    if trace_state_clean():
+        with jax.set_mesh(mesh):
+            yield
+        return
+    from jax._src import config
+
+    settings: Any = config.abstract_mesh_context_manager, config.device_context
+    before = [setting.swap_local(value) for setting, value in zip(settings, (mesh.abstract_mesh, mesh), strict=True)]
+    try:
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.set_local(value)
 
 
 def x64_enabled() -> bool:
