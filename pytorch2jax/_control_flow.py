@@ -26,11 +26,11 @@ def cond(pred: Any, true_fn: Callable[..., Any], false_fn: Callable[..., Any], o
     return true_fn(*operands) if pred else false_fn(*operands)
 
 
-def while_loop(cond_fn: Any, body_fn: Any, carried: Sequence[Any], additional: Sequence[Any], **_: Any) -> Any:
+def while_loop(cond_fn: Any, body_fn: Any, carried: Sequence[Any], additional_inputs: Sequence[Any], **_: Any) -> Any:
     state = list(carried)
     out = carried_tree(body_fn, carried)
-    while cond_fn(*state, *additional):
-        out = body_fn(*state, *additional)
+    while cond_fn(*state, *additional_inputs):
+        out = body_fn(*state, *additional_inputs)
         state = torch_pytree.tree_leaves(out)
     return out
 
@@ -44,11 +44,11 @@ def carried_tree(body_fn: Callable[..., Any], carried: Sequence[Any]) -> Any:
 
 
 def scan(
-    combine_fn: Callable[..., Any], init: Sequence[Any], xs: Sequence[torch.Tensor], additional: Any, **_: Any
+    combine_fn: Callable[..., Any], init: Sequence[Any], xs: Sequence[torch.Tensor], additional_inputs: Any, **_: Any
 ) -> Any:
     carry, state, outputs = None, list(init), []
     for index in range(xs[0].shape[0]):
-        carry, output = combine_fn(*state, *(x[index] for x in xs), *additional)
+        carry, output = combine_fn(*state, *(x[index] for x in xs), *additional_inputs)
         state = torch_pytree.tree_leaves(carry)
         outputs.append(output)
     return carry, stacked(outputs)
@@ -63,11 +63,11 @@ def stacked(trees: Sequence[Any]) -> Any:
     return torch_pytree.tree_map(lambda *leaves: None if leaves[0] is None else torch.stack(leaves), *trees)
 
 
-def associative_scan(combine_fn: Any, xs: Sequence[torch.Tensor], additional: Sequence[Any], **_: Any) -> Any:
+def associative_scan(combine_fn: Any, xs: Sequence[torch.Tensor], additional_inputs: Sequence[Any], **_: Any) -> Any:
     def flat(*leaves: Any) -> list[Any]:
         return torch_pytree.tree_leaves(combine_fn(*leaves))
 
-    out = generic_associative_scan(flat, list(xs), additional_inputs=tuple(additional))
+    out = generic_associative_scan(flat, list(xs), additional_inputs=tuple(additional_inputs))
     return torch_pytree.tree_unflatten(list(out), combine_fn.keywords["spec"])
 
 
@@ -84,10 +84,12 @@ def _cond_on_fake(pred: Any, true_fn: Any, false_fn: Any, operands: Sequence[Any
     return outputs[0]
 
 
-def _while_on_fake(cond_fn: Any, body_fn: Any, carried: Sequence[Any], additional: Sequence[Any], **_: Any) -> Any:
+def _while_on_fake(
+    cond_fn: Any, body_fn: Any, carried: Sequence[Any], additional_inputs: Sequence[Any], **_: Any
+) -> Any:
     """One step."""
-    cond_fn(*carried, *additional)
-    out = body_fn(*carried, *additional)
+    cond_fn(*carried, *additional_inputs)
+    out = body_fn(*carried, *additional_inputs)
     check_same("while_loop: what a step gets and what it returns", carried_tree(body_fn, carried), out)
     return out
 

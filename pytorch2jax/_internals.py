@@ -36,7 +36,7 @@ from jax.experimental.custom_partitioning import SdyShardingRule as ShardingRule
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.interpreters import ad, batching, mlir, partial_eval
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from torch._ops import HigherOrderOperator
+from torch._ops import HigherOrderOperator, _higher_order_ops
 from torch.autograd.graph import GradientEdge
 from torch.autograd.graph import get_gradient_edge as gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -662,7 +662,6 @@ class _Handlers(threading.local):
 _HANDLERS = _Handlers()
 _LOCK_OF_HANDLERS = threading.Lock()
 _n_handling = 0
-_call_operator = HigherOrderOperator.__call__
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _THAT_COMPILE = frozenset({"cond", "while_loop", "_maybe_compile_and_run_fn", "flex_attention"})
 """Functions of torch's that call `torch.compile` unless it is at work already."""
@@ -680,7 +679,8 @@ def operators_on_functions(handlers: Mapping[str, Callable[..., Any]]) -> Iterat
     with _LOCK_OF_HANDLERS:
         _n_handling += 1
         if _n_handling == 1:
-            HigherOrderOperator.__call__ = _handled  # type: ignore[method-assign]
+            for cls, call in _calls_of_operators(tuple(handlers)).items():
+                cls.__call__ = functools.partialmethod(_handled, call)  # type: ignore[method-assign, assignment]
             torch.compiler.is_dynamo_compiling = _is_dynamo_compiling_or_handled
             _let_flex_attention_differentiate(True)
     try:
@@ -690,16 +690,22 @@ def operators_on_functions(handlers: Mapping[str, Callable[..., Any]]) -> Iterat
         with _LOCK_OF_HANDLERS:
             _n_handling -= 1
             if _n_handling == 0:
-                HigherOrderOperator.__call__ = _call_operator  # type: ignore[method-assign]
+                for cls, call in _calls_of_operators(tuple(handlers)).items():
+                    cls.__call__ = call  # type: ignore[method-assign]
                 torch.compiler.is_dynamo_compiling = _is_dynamo_compiling
                 _let_flex_attention_differentiate(False)
 
 
-def _handled(self: HigherOrderOperator, /, *args: Any, **kwargs: Any) -> Any:
+@functools.cache
+def _calls_of_operators(names: tuple[str, ...]) -> dict[type[HigherOrderOperator], Callable[..., Any]]:
+    """The classes of operators, and what calls them; some check there that their arguments are flat."""
+    operators = [_higher_order_ops[name] for name in names if name in _higher_order_ops]
+    return {type(operator): type(operator).__call__ for operator in operators}
+
+
+def _handled(self: HigherOrderOperator, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     handlers = _HANDLERS.current
-    if handlers is None or self.name() not in handlers:
-        return _call_operator(self, *args, **kwargs)
-    return handlers[self.name()](*args, **kwargs)
+    return call(self, *args, **kwargs) if handlers is None else handlers[self.name()](*args, **kwargs)
 
 
 def _is_dynamo_compiling_or_handled() -> bool:

@@ -158,26 +158,32 @@ def handlers(recorder: Recorder) -> dict[str, Callable[..., Any]]:
         check_same("cond: the two functions", out, same)
         return _written(recorder, Cond("cond", taken, other), [pred, *_tensors(operands)], out, first)
 
-    def while_loop(cond_fn: Any, body_fn: Any, carried: Sequence[Any], additional: Sequence[Any], **_: Any) -> Any:
+    def while_loop(
+        cond_fn: Any, body_fn: Any, carried: Sequence[Any], additional_inputs: Sequence[Any], **_: Any
+    ) -> Any:
         carried = [x if isinstance(x, torch.Tensor) else torch.as_tensor(x) for x in carried]
-        _check(recorder, "while_loop", (carried, additional))
+        _check(recorder, "while_loop", (carried, additional_inputs))
         first = recorder.n_draws
-        condition, _ = _block(recorder, "while_loop", lambda *c: cond_fn(*c, *additional), carried)
-        body, out = _block(recorder, "while_loop", lambda *c: body_fn(*c, *additional), carried)
+        condition, _ = _block(recorder, "while_loop", lambda *c: cond_fn(*c, *additional_inputs), carried)
+        body, out = _block(recorder, "while_loop", lambda *c: body_fn(*c, *additional_inputs), carried)
         check_same("while_loop: what a step gets and what it returns", carried_tree(body_fn, carried), out)
         return _written(recorder, WhileLoop("while_loop", condition, body), carried, out, first)
 
-    def scan(combine_fn: Any, init: Sequence[Any], xs: Sequence[torch.Tensor], additional: Any, **_: Any) -> Any:
-        return steps("scan", combine_fn, init, xs, additional)
+    def scan(combine_fn: Any, init: Sequence[Any], xs: Sequence[torch.Tensor], additional_inputs: Any, **_: Any) -> Any:
+        return steps("scan", combine_fn, init, xs, additional_inputs)
 
     def map_impl(f: Any, xs: Sequence[torch.Tensor], args: Sequence[Any], **_: Any) -> Any:
         return steps("map", lambda *given: ((), f(*given)), (), xs, args)[1]
 
-    def steps(name: str, combine_fn: Any, init: Sequence[Any], xs: Sequence[torch.Tensor], additional: Any) -> Any:
-        _check(recorder, name, (init, xs, additional))
+    def steps(
+        name: str, combine_fn: Any, init: Sequence[Any], xs: Sequence[torch.Tensor], additional_inputs: Any
+    ) -> Any:
+        _check(recorder, name, (init, xs, additional_inputs))
         first = recorder.n_draws
         slices = [recorder.unseen(lambda x=x: x.new_empty(x.shape[1:])) for x in xs]
-        block, (carry, outputs) = _block(recorder, name, lambda *a: combine_fn(*a, *additional), [*init, *slices])
+        block, (carry, outputs) = _block(
+            recorder, name, lambda *a: combine_fn(*a, *additional_inputs), [*init, *slices]
+        )
         check_same(f"{name}: what is carried into a step and out of it", tuple(init), tuple(_tensors(carry)))
         n = xs[0].shape[0]
         stacked = torch_pytree.tree_map(
@@ -196,7 +202,8 @@ def _check(recorder: Recorder, name: str, operands: Any) -> None:
     if is_functorch_active() or any(x.requires_grad for x in _tensors(operands)):
         raise CaptureError(
             f"{recorder.name}: {name}: an operator on functions in a function that takes derivatives or batches "
-            'itself, which would have to go through it. Use `backend="torch"`, which runs it as it is.'
+            "itself, which would have to go through it (with `output_shapes=` nobody has seen whether it does: leave "
+            'that out). Use `backend="torch"`, which runs it as it is.'
         )
 
 

@@ -32,7 +32,8 @@ def record_function(recorder: Recorder, call: FunctionCall) -> Any:
     if recorder.differentiates and any(args[i].requires_grad for i in active):
         raise CaptureError(
             f"{recorder.name}: {cls.__qualname__}: a torch.autograd.Function in a function that takes derivatives "
-            'itself, which would have to go through it. Use `backend="torch"`, which runs it as it is.'
+            "itself, which would have to go through it (with `output_shapes=` nobody has seen whether it does: leave "
+            'that out). Use `backend="torch"`, which runs it as it is.'
         )
     given = [recorder.var_of(args[i]) for i in where]
     first_draw = recorder.n_draws
