@@ -155,8 +155,8 @@ def table(
     ]
 
 
-def some(values: Iterable[str], quick: Sequence[str]) -> list[Any]:
-    """Names as parameters, of which `make test` runs those in `quick`; the others are exhaustive."""
+def some(values: Iterable[Any], quick: Sequence[Any]) -> list[Any]:
+    """Values of one parameter, of which `make test` runs those in `quick`; the others are exhaustive."""
     assert {*quick} <= {*values}
     return [pytest.param(v, marks=() if v in quick else pytest.mark.exhaustive) for v in values]
 

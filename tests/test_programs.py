@@ -285,6 +285,7 @@ def check(program, stack):
     np.testing.assert_array_equal(y, Y)
 
 
+@pytest.mark.exhaustive
 @hypothesis.settings(
     max_examples=PROGRAMS,
     deadline=None,

@@ -189,6 +189,7 @@ def test_masks_do_not_depend_on_strides():
     assert_same_numbers(jnp.einsum("abcd,cd->ab", jax.jacfwd(h)(x), x), h(x))
 
 
+@pytest.mark.exhaustive
 def test_a_transformer_layer_in_train_mode_in_every_mode():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.3, activation="gelu", batch_first=True).double()

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from cases import DEVICES
+from cases import DEVICES, one_in
 from jax.sharding import AxisType, NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
@@ -251,7 +251,7 @@ def test_eager_calls_on_sharded_arrays():
 
 
 @pytest.mark.parametrize("mesh", ["auto", "explicit"])
-@pytest.mark.parametrize("size", [1, 400], ids=["small", "large"])
+@pytest.mark.parametrize("size", one_in(2, [1, 400]), ids=["small", "large"])
 def test_eager_calls_on_replicated_arrays(mesh, size):
     """Nothing has to be gathered: each device has a copy. After `set_mesh`, each new array is like that."""
     mesh = MESH if mesh == "auto" else EXPLICIT

@@ -45,7 +45,7 @@ def test_train_mode(row, converter, tape):
     test_models.check(row, converter, train=True)
 
 
-@pytest.mark.parametrize(("row", "converter", "tape"), [*cases(DRAWING, "xla", (*SLOW, "bert"))])
+@pytest.mark.parametrize(("row", "converter", "tape"), [*cases(DRAWING, "xla", (*SLOW, "bert", "attention"))])
 def test_masks_by_key(row, converter, tape):
     model = row.build().train()
     args, kwargs = to_jax((row.args, row.kwargs))

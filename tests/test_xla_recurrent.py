@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from cases import some
 from torch import nn
 
 from pytorch2jax import InferenceError, convert_pytnn_to_jax, t2j, torch2jax
@@ -64,7 +63,8 @@ def test_outputs_and_gradients(layer):
         np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", some(["lstm with projections", "gru", "rnn"], ["rnn"]))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["lstm with projections", "gru", "rnn"])
 def test_second_order(name):
     layer = LAYERS[name]().double()
     apply, params = convert_pytnn_to_jax(layer, backend="xla")
