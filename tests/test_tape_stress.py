@@ -215,6 +215,11 @@ def same(left, right):
     jax.tree.map(assert_same_numbers, left, right)
 
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytorch2jax.LoopWarning", "ignore:None of the inputs have requires_grad"
+)
+
+
 def programs(n):
     """Random programs as the arguments of a test, always the same."""
     return lambda test: hypothesis.settings(

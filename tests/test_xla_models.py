@@ -57,7 +57,7 @@ def test_masks_by_key(row, converter, tape):
     first, second = jax.random.key(1), jax.random.key(2)
     jitted = jax.jit(call)
     np.testing.assert_allclose(call(first), jitted(first), rtol=1e-4, atol=1e-6)  # the same mask
-    assert not np.allclose(jitted(first), jitted(second))
+    assert not all(np.allclose(jitted(first), jitted(jax.random.key(i))) for i in range(2, 6))  # some masks are small
     if row.name in ("dropout", "attention"):
         rows = jax.vmap(call)(jax.numpy.stack([first, second]))
         np.testing.assert_allclose(rows, [call(first), call(second)], rtol=1e-4, atol=1e-5)
