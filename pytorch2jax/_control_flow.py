@@ -11,7 +11,7 @@ of flat tensors. What torch notes for its compiler besides (`**_`), they leave a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,10 +71,6 @@ def associative_scan(combine_fn: Any, xs: Sequence[torch.Tensor], additional_inp
     return torch_pytree.tree_unflatten(list(out), combine_fn.keywords["spec"])
 
 
-def flex_attention(*args: Any) -> Any:
-    return math_attention(*args)
-
-
 def _cond_on_fake(pred: Any, true_fn: Any, false_fn: Any, operands: Sequence[Any] = ()) -> Any:
     """Both ways: whatever either of them does is found out."""
     if not isinstance(pred, torch.Tensor):
@@ -111,7 +107,7 @@ RUN: Handlers = {
     "scan": scan,
     "map_impl": map_impl,
     "associative_scan": associative_scan,
-    "flex_attention": flex_attention,
+    "flex_attention": math_attention,
 }
 """For tensors that have values."""
 
@@ -119,27 +115,15 @@ TRIED: Handlers = {**RUN, "cond": _cond_on_fake, "while_loop": _while_on_fake}
 """For fake tensors, which have none."""
 
 
-class Noticed(Mapping[str, Callable[..., Any]]):
+class Noticed(dict[str, Callable[..., Any]]):
     """The same, and whether any of them was called.
 
     Attributes:
         any: whether.
     """
 
-    def __init__(self, handlers: Handlers) -> None:
-        self._handlers = handlers
-        self.any = False
+    any = False
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
-        handler = self._handlers[name]
         self.any = True
-        return handler
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._handlers)
-
-    def __len__(self) -> int:
-        return len(self._handlers)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._handlers
+        return super().__getitem__(name)

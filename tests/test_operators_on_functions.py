@@ -18,8 +18,11 @@ from pytorch2jax import (
     UnsupportedTransformError,
     convert_pytnn_to_flax,
     convert_pytnn_to_jax,
+    t2j,
     torch2jax,
 )
+from pytorch2jax._control_flow import RUN
+from pytorch2jax._internals import operators_on_functions
 
 
 def _cond(x):
@@ -141,9 +144,8 @@ def test_operators_on_functions(fn, backend):
         (expected,) = torch_gradients(in_python, [x])
         for derivative in (jax.grad(scalar(f)), jax.jit(jax.grad(scalar(f)))):
             np.testing.assert_allclose(derivative(a), expected, rtol=1e-9)
-        if not (backend == "torch" and fn is _hand_written):  # whose backward is of one order
-            pushed = jax.jvp(scalar(f), (a,), (jnp.ones_like(a),))[1]
-            np.testing.assert_allclose(pushed, expected.sum(), rtol=1e-9)
+        pushed = jax.jvp(scalar(f), (a,), (jnp.ones_like(a),))[1]
+        np.testing.assert_allclose(pushed, expected.sum(), rtol=1e-9)
     both = arrays([torch.stack(POINTS)])[0]
     outputs = [in_python(x) for x in POINTS]
     outputs = [o if isinstance(o, tuple) else (o,) for o in outputs]
@@ -267,10 +269,57 @@ def _numbers(x):
     return torch.cond(x.sum() > 0, lambda x: (x, 1), lambda x: (x * 2, 1), (x,))[0]
 
 
-def _gradients_inside(x):
-    x = x.detach().requires_grad_()
-    with torch.enable_grad():
-        return torch.autograd.grad(torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)).sum(), x)[0]
+def _gradient_inside(fn):
+    """The gradient of `fn(x) + x`, which autograd finds also where it sees nothing of `fn`."""
+
+    def gradient(x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad((fn(x) + x).sum(), x)[0]
+
+    return gradient
+
+
+INSIDE = {
+    "an operand of cond": lambda x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)),
+    "around cond": lambda x: torch.cond(x.sum() > 0, lambda: x * 2, lambda: x * 3, ()),
+    "around one of two functions": lambda x: torch.cond(x.sum() > 0, lambda: torch.ones(1, 4, 3), lambda: x * 3.0, ()),
+    "around the steps of scan": lambda x: scan(lambda c, r: (c, r * x.sum()), torch.zeros(()), torch.ones(3))[1].sum(),
+    "around the steps of map": lambda x: torch_map(lambda r: r * x.sum(), torch.ones(3)).sum(),
+    "around the steps of while_loop": lambda x: while_loop(
+        lambda i, y: i < 3, lambda i, y: (i + 1, y + x.sum()), (torch.tensor(0), torch.zeros(()))
+    )[1],
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_gradients_inside_of_a_function_see_what_its_operators_take_from_around(name):
+    """On the second engine they are refused: JAX's operators would be constants for autograd."""
+    fn = _gradient_inside(INSIDE[name])
+    x = POINTS[0][None].float()
+    a = t2j(x)
+    with operators_on_functions(RUN):
+        expected = fn(x)
+    for call in (torch2jax(fn), jax.jit(torch2jax(fn))):
+        np.testing.assert_allclose(call(a), expected, rtol=1e-5)
+    for call in (torch2jax(fn, backend="xla"), jax.jit(torch2jax(fn, backend="xla"))):
+        with pytest.raises(CaptureError, match="an operator on functions in a function that takes derivatives"):
+            call(a)
+
+
+def test_no_gradient_inside_goes_through_what_is_cut():
+    """Where grad mode is off, operators on functions are constants for torch, too."""
+
+    def fn(x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            with torch.no_grad():
+                y = torch.cond(x.sum() > 0, lambda: x * 2, lambda: x * 3, ())
+            return torch.autograd.grad((y * x).sum(), x)[0]
+
+    (a,) = arrays([POINTS[0]])
+    for backend in ("torch", "xla"):
+        np.testing.assert_allclose(torch2jax(fn, backend=backend)(a), 2 * a)
 
 
 @pytest.mark.parametrize(
@@ -278,7 +327,6 @@ def _gradients_inside(x):
     [
         (_writes, "cond: expected functions that leave their arguments"),
         (_numbers, "cond: expected functions that return tensors"),
-        (_gradients_inside, "cond: an operator on functions in a function that takes derivatives"),
         (torch.vmap(_cond), "cond: an operator on functions in a function that takes derivatives or batches"),
     ],
 )

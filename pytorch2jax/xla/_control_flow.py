@@ -151,7 +151,6 @@ def handlers(recorder: Recorder) -> dict[str, Callable[..., Any]]:
     def cond(pred: Any, true_fn: Any, false_fn: Any, operands: Sequence[Any] = ()) -> Any:
         if not isinstance(pred, torch.Tensor):
             return plain_cond(pred, true_fn, false_fn, operands)
-        _check(recorder, "cond", (pred, operands))
         first = recorder.n_draws
         taken, out = _block(recorder, "cond", true_fn, operands)
         other, same = _block(recorder, "cond", false_fn, operands)
@@ -162,7 +161,6 @@ def handlers(recorder: Recorder) -> dict[str, Callable[..., Any]]:
         cond_fn: Any, body_fn: Any, carried: Sequence[Any], additional_inputs: Sequence[Any], **_: Any
     ) -> Any:
         carried = [x if isinstance(x, torch.Tensor) else torch.as_tensor(x) for x in carried]
-        _check(recorder, "while_loop", (carried, additional_inputs))
         first = recorder.n_draws
         condition, _ = _block(recorder, "while_loop", lambda *c: cond_fn(*c, *additional_inputs), carried)
         body, out = _block(recorder, "while_loop", lambda *c: body_fn(*c, *additional_inputs), carried)
@@ -178,7 +176,6 @@ def handlers(recorder: Recorder) -> dict[str, Callable[..., Any]]:
     def steps(
         name: str, combine_fn: Any, init: Sequence[Any], xs: Sequence[torch.Tensor], additional_inputs: Any
     ) -> Any:
-        _check(recorder, name, (init, xs, additional_inputs))
         first = recorder.n_draws
         slices = [recorder.unseen(lambda x=x: x.new_empty(x.shape[1:])) for x in xs]
         block, (carry, outputs) = _block(
@@ -198,23 +195,18 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
     return [x for x in torch_pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]
 
 
-def _check(recorder: Recorder, name: str, operands: Any) -> None:
-    if is_functorch_active() or any(x.requires_grad for x in _tensors(operands)):
-        raise CaptureError(
-            f"{recorder.name}: {name}: an operator on functions in a function that takes derivatives or batches "
-            "itself, which would have to go through it (with `output_shapes=` nobody has seen whether it does: leave "
-            'that out). Use `backend="torch"`, which runs it as it is.'
-        )
-
-
 def _block(recorder: Recorder, name: str, fn: Callable[..., Any], args: Sequence[Any]) -> tuple[Block, Any]:
     """A function as a block, and what it returned."""
     leaves, tree = torch_pytree.tree_flatten(list(args))
     outside = recorder.versions()
+    if is_functorch_active():
+        raise _differentiated_or_batched(recorder, name)
     with recorder.apart():
-        inner = [recorder.anew(x) if isinstance(x, torch.Tensor) else x for x in leaves]
+        inner = [recorder.anew(x).requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for x in leaves]
         inputs = tuple(recorder.take(x) for x in inner if isinstance(x, torch.Tensor))
         out = fn(*torch_pytree.tree_unflatten(inner, tree))
+        if any(x.requires_grad for x in _tensors(out)):  # of an argument, or of something around
+            raise _differentiated_or_batched(recorder, name)
         outputs = tuple(map(recorder.var_of, _tensors(out)))
         equations = pruned(recorder.equations, outputs)
         recorder.check_functions(equations)
@@ -233,22 +225,18 @@ def _block(recorder: Recorder, name: str, fn: Callable[..., Any], args: Sequence
     return Block(inputs, equations, outputs), out
 
 
+def _differentiated_or_batched(recorder: Recorder, name: str) -> CaptureError:
+    """The error where autograd or `torch.func` would have to look into an operator, which they take for a constant."""
+    return CaptureError(
+        f"{recorder.name}: {name}: an operator on functions in a function that takes derivatives or batches "
+        "itself, which would have to go through it (with `output_shapes=` nobody has seen whether it does: leave "
+        'that out). Use `backend="torch"`, which runs it as it is.'
+    )
+
+
 def _written(recorder: Recorder, operator: Operator, operands: Sequence[torch.Tensor], like: Any, first: int) -> Any:
     """Write the operator down; returns fake tensors like those in a tree."""
     given = [recorder.var_of(x) for x in operands]
-    made: list[torch.Tensor] = []
-
-    def new(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        made.append(recorder.anew(leaf))
-        return made[-1]
-
-    out = torch_pytree.tree_map(new, like)
-    produced = tuple(Var(x.shape, x.dtype) for x in made)
-    draw = first if recorder.n_draws > first else None
-    arguments = (*given, *operator.free)
-    recorder.equations.append(Equation(operator, arguments, {}, produced, True, recorder.cuts(), draw))
-    for tensor, var in zip(made, produced, strict=True):
-        recorder.bind(tensor, var)
+    out = torch_pytree.tree_map(lambda x: recorder.anew(x) if isinstance(x, torch.Tensor) else x, like)
+    recorder.write(operator, given, _tensors(out), first)
     return out

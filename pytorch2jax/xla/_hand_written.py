@@ -10,7 +10,7 @@ import torch
 from pytorch2jax._errors import CaptureError
 from pytorch2jax._internals import is_fake
 from pytorch2jax.xla._custom import CustomGradient
-from pytorch2jax.xla._graph import Equation, Var
+from pytorch2jax.xla._graph import Var
 from pytorch2jax.xla._internals import FunctionCall
 
 if TYPE_CHECKING:
@@ -42,12 +42,7 @@ def record_function(recorder: Recorder, call: FunctionCall) -> Any:
     several = isinstance(out, (tuple, list))
     results = [recorder.anew(o) if isinstance(o, torch.Tensor) else o for o in (out if several else (out,))]
     made = [r for r in results if isinstance(r, torch.Tensor)]
-    produced = tuple(Var(r.shape, r.dtype) for r in made)
-    draw = first_draw if recorder.n_draws > first_draw else None
-    arguments = (*given, *function.free)
-    recorder.equations.append(Equation(function, arguments, {}, produced, True, draw=draw))
-    for tensor, var in zip(made, produced, strict=True):
-        recorder.bind(tensor, var)
+    recorder.write(function, given, made, first_draw)
     return tuple(results) if several else results[0]
 
 

@@ -228,6 +228,23 @@ class Recorder(TorchDispatchMode):
                 self.detach(result)
         return out
 
+    def write(self, operator: Any, given: Sequence[Var], made: Sequence[torch.Tensor], first_draw: int) -> None:
+        """Write down an operator of this engine's own.
+
+        Args:
+            operator: a function of arrays: of `given`, and of the variables from around it (`operator.free`).
+            given: its arguments.
+            made: tensors for its results, made by `anew`.
+            first_draw: how many random operators there were before those that it consists of.
+        """
+        outputs = tuple(Var(tensor.shape, tensor.dtype) for tensor in made)
+        draw = first_draw if self.n_draws > first_draw else None
+        self.equations.append(
+            Equation(operator, (*given, *operator.free), {}, outputs, True, constant=self.cuts(), draw=draw)
+        )
+        for tensor, var in zip(made, outputs, strict=True):
+            self.bind(tensor, var)
+
     def detach(self, tensor: torch.Tensor) -> Var:
         """Cut the derivatives of a tensor; what is in its memory keeps them, for others. Returns its value."""
         if tensor.untyped_storage()._cdata not in self._storages:
