@@ -307,6 +307,25 @@ def test_gradients_inside_of_a_function_see_what_its_operators_take_from_around(
             call(a)
 
 
+@pytest.mark.parametrize("backend", ["torch", "xla"])
+def test_parameters_of_a_global_module_are_constants(backend):
+    layer = torch.nn.Linear(3, 3).double()
+
+    def branch(x, weight):
+        return layer(x) @ weight
+
+    def fn(x):
+        return torch.cond(x.sum() > 0, branch, torch.mul, (x, layer.weight * 2))
+
+    def in_python(x):
+        return branch(x, layer.weight * 2) if x.sum() > 0 else x * (layer.weight * 2)
+
+    x = torch.ones(3, 3, dtype=torch.float64)
+    f = torch2jax(fn, backend=backend)
+    assert_same(f(t2j(x)), in_python(x))
+    np.testing.assert_allclose(jax.grad(scalar(f))(t2j(x)), torch_gradients(in_python, [x])[0], rtol=1e-9)
+
+
 def test_no_gradient_inside_goes_through_what_is_cut():
     """Where grad mode is off, operators on functions are constants for torch, too."""
 

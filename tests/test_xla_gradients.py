@@ -201,6 +201,26 @@ class Cube(torch.autograd.Function):
         return grad * ctx.n * double * x ** (ctx.n - 2), None
 
 
+def _hand_written_in_a_gradient_inside(x):
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad((Clips.apply(5 * x) + x).sum(), x)[0]
+
+
+def test_hand_written_gradients_that_autograd_inside_follows_are_refused():
+    with pytest.raises(CaptureError, match="a function that takes derivatives itself"):
+        torch2jax(_hand_written_in_a_gradient_inside)(arrays([X])[0])
+
+
+def test_hand_written_gradients_of_a_global_module_are_constants():
+    layer = nn.Linear(4, 4).double()
+
+    def fn(x):
+        return x * Clips.apply(layer(torch.ones(4, dtype=torch.float64)))
+
+    check(fn)
+
+
 NEEDS_KEYWORDS = pytest.mark.skipif(torch.__version__ < (2, 13), reason="torch takes keywords since 2.13")
 cube, clips = Cube.apply, Clips.apply  # as most people call them
 

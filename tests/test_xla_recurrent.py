@@ -120,11 +120,16 @@ def test_where_torch_differentiates_inside_the_steps_are_torchs():
         x = x.requires_grad_()
         return torch.autograd.grad(lstm(x)[0].sum(), x, create_graph=True)[0]
 
+    def by_autograd_of_a_copy(x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad((lstm(x)[0].sum(-1, keepdim=True) + x).sum(), x)[0]
+
     def by_functorch(x):
         return torch.func.grad(lambda x: lstm(x)[0].sum())(x)
 
     x = torch.randn(5, 2, 3, dtype=torch.float64)
-    for fn in (by_autograd, by_functorch):
+    for fn in (by_autograd, by_autograd_of_a_copy, by_functorch):
         expected = fn(x.clone()).detach()
         np.testing.assert_allclose(torch2jax(fn, backend="xla")(t2j(x, copy=True)), expected, rtol=1e-10, atol=1e-12)
 

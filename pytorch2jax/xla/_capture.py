@@ -19,7 +19,7 @@ from pytorch2jax.xla._decompositions import DETACHING, FUNCTIONS, batch_norm_wit
 from pytorch2jax.xla._graph import Graph, pruned
 from pytorch2jax.xla._hand_written import record_function
 from pytorch2jax.xla._hooks import HOOKS, refused, refusing_module_hooks
-from pytorch2jax.xla._internals import cumulative_batch_norms, custom_functions
+from pytorch2jax.xla._internals import cumulative_batch_norms, custom_functions, is_followed_by_autograd
 from pytorch2jax.xla._recorder import Recorder
 from pytorch2jax.xla._recurrent import LAYERS
 
@@ -78,7 +78,7 @@ class _Instead(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in HOOKS:
             raise refused(self._recorder.name, func.__name__)
-        if func in LAYERS and not self._recorder.differentiates:
+        if func in LAYERS and not (self._recorder.differentiates or is_followed_by_autograd(args)):
             return LAYERS[func](*args, **(kwargs or {}))
         if func in _DETACHING_IN_PLACE and not is_functorch_active():
             self._recorder.detach(args[0])  # which no operator does

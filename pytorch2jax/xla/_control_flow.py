@@ -18,6 +18,7 @@ from pytorch2jax._dtypes import canonical_dtype_t2j
 from pytorch2jax._errors import CaptureError, UnsupportedTransformError
 from pytorch2jax._internals import Primitive, ad, batching, is_functorch_active, mlir, torch_pytree
 from pytorch2jax.xla._graph import Equation, Unifiable, Var, pruned, used
+from pytorch2jax.xla._internals import is_followed_by_autograd
 from pytorch2jax.xla._interpret import run
 
 if TYPE_CHECKING:
@@ -202,10 +203,13 @@ def _block(recorder: Recorder, name: str, fn: Callable[..., Any], args: Sequence
     if is_functorch_active():
         raise _differentiated_or_batched(recorder, name)
     with recorder.apart():
-        inner = [recorder.anew(x).requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for x in leaves]
+        inner = [
+            recorder.anew(x).requires_grad_(is_followed_by_autograd(x)) if isinstance(x, torch.Tensor) else x
+            for x in leaves
+        ]
         inputs = tuple(recorder.take(x) for x in inner if isinstance(x, torch.Tensor))
         out = fn(*torch_pytree.tree_unflatten(inner, tree))
-        if any(x.requires_grad for x in _tensors(out)):  # of an argument, or of something around
+        if is_followed_by_autograd(out):  # to an argument, or to something around
             raise _differentiated_or_batched(recorder, name)
         outputs = tuple(map(recorder.var_of, _tensors(out)))
         equations = pruned(recorder.equations, outputs)

@@ -11,7 +11,7 @@ from pytorch2jax._errors import CaptureError
 from pytorch2jax._internals import is_fake
 from pytorch2jax.xla._custom import CustomGradient
 from pytorch2jax.xla._graph import Var
-from pytorch2jax.xla._internals import FunctionCall
+from pytorch2jax.xla._internals import FunctionCall, is_followed_by_autograd
 
 if TYPE_CHECKING:
     from pytorch2jax.xla._recorder import Recorder
@@ -29,7 +29,7 @@ def record_function(recorder: Recorder, call: FunctionCall) -> Any:
         return call.forward()
     if not active or recorder.cuts():
         return _without_gradient(recorder, call)
-    if recorder.differentiates and any(args[i].requires_grad for i in active):
+    if is_followed_by_autograd([args[i] for i in active]):
         raise CaptureError(
             f"{recorder.name}: {cls.__qualname__}: a torch.autograd.Function in a function that takes derivatives "
             "itself, which would have to go through it (with `output_shapes=` nobody has seen whether it does: leave "

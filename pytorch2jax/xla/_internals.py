@@ -14,6 +14,8 @@ from torch.autograd.function import FunctionMeta, _SingleLevelFunction
 from torch.nn.modules import module as modules
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pytorch2jax._internals import is_fake, torch_pytree
+
 __all__ = ["OpOverload"]
 
 is_forward_grad_enabled: Callable[[], bool] = torch._C._is_fwd_grad_enabled
@@ -226,6 +228,29 @@ def _forward_grad() -> Iterator[None]:
         yield
     finally:
         torch._C._set_fwd_grad_enabled(before)
+
+
+def is_followed_by_autograd(tree: Any) -> bool:
+    """Whether autograd goes from some tensors of a capture to one of the function's own: an argument, or one it made.
+
+    Tensors from elsewhere, the parameters of a global module among them, are constants, whatever they require.
+    """
+    if not torch.is_grad_enabled():
+        return False
+    tensors = [x for x in torch_pytree.tree_leaves(tree) if isinstance(x, torch.Tensor) and x.requires_grad]
+    if any(x.is_leaf and is_fake(x) for x in tensors):
+        return True
+    nodes, seen = [x.grad_fn for x in tensors if x.grad_fn is not None], set()
+    while nodes:
+        node = nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and is_fake(leaf):
+            return True
+        nodes += [following for following, _ in node.next_functions if following is not None]
+    return False
 
 
 _PATCH_OF_BATCH_NORM = threading.Lock()
