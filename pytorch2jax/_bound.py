@@ -22,7 +22,7 @@ from pytorch2jax._arguments import Arguments
 from pytorch2jax._buffers import Buffers
 from pytorch2jax._control_flow import RUN
 from pytorch2jax._destination import IntoBuffer, Maker, out_variant
-from pytorch2jax._dtypes import dtype_j2t, narrowed
+from pytorch2jax._dtypes import dtype_j2t, is_inexact, narrowed
 from pytorch2jax._errors import (
     DtypeError,
     OutputMismatchError,
@@ -206,6 +206,9 @@ class BoundFunction(RootProgram):
         self._out_dtypes = tuple(dtype_j2t(spec.dtype) for spec in self.inferred.specs)
         self._needs_grad = self.inferred.needs_grad
         self.forward_mode_errs, self.asks = self.inferred.forward_mode_errs, self.inferred.asks
+        self.hand_written = self.inferred.hand_written
+        if self.hand_written and (self._own or self.inferred.runs_others):  # a backward may be about all of them
+            self.recorded_too = tuple(i for i, spec in enumerate(self.in_specs) if is_inexact(spec.dtype))
         self.shares_tensors = self.inferred.certain and not (self.inferred.marks or self.inferred.retains)
         n_own = len(self._own)
         kept = range(n_own, len(self._tensor_specs)) if self.inferred.retains else ()
@@ -296,6 +299,7 @@ class BoundFunction(RootProgram):
             program._unseeded = self
             program.is_seeded = True
             program.is_straight = False
+            program.recorded_too = tuple(i + 1 for i in self.recorded_too)
             if self.factors is not None:
                 program.factors = self.factors._replace(inputs=((None,), *self.factors.inputs))
             program.vmap_randomness = "same" if shared else "different"

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from pytorch2jax._autograd_functions import NoticedFunctions, noticed_functions
 from pytorch2jax._control_flow import RUN, TRIED, Noticed
 from pytorch2jax._destination import Maker
 from pytorch2jax._dtypes import canonical_dtype_t2j, dtype_j2t
@@ -64,6 +65,9 @@ class Inferred(NamedTuple):
     maker: which of them makes the output, where that is one tensor.
     operates_on_functions: whether it calls an operator on functions (`torch.cond`), so that any call needs
         `operators_on_functions`.
+    hand_written: whether it calls a `torch.autograd.Function` of the user's, whose backward may look at parameters as
+        objects.
+    runs_others: whether one of these is given a function or module to run.
     """
 
     outputs: tuple[TensorSpec, ...]
@@ -83,6 +87,8 @@ class Inferred(NamedTuple):
     n_operators: int = sys.maxsize
     maker: Maker | None = None
     operates_on_functions: bool = False
+    hand_written: bool = True
+    runs_others: bool = True
 
 
 # A torch function over flat tensors: returns what the user's function returned, and the values that the
@@ -164,7 +170,7 @@ def _infer_fake(
         tensors = [torch.empty(s.shape, dtype=s.dtype, device=device) for s in inputs]
         tracker = Tracker(tensors, tensors[around.n_own :])
         noticed = Noticed(TRIED)
-        with tracker, operators_on_functions(noticed):
+        with tracker, operators_on_functions(noticed), noticed_functions() as functions:
             result, needs_grad = run_without_graph(call, tensors, exposure)
             inferred = _conclude(name, result, tensors, tracker)._replace(needs_grad=needs_grad)
         kept = [(where, tensor) for where, tensor in around.left_behind() if tracker.is_derived(tensor)]
@@ -174,6 +180,7 @@ def _infer_fake(
     inferred = _noticed(inferred, tracker, exposure, noticed)
     written = frozenset(range(len(inputs))) if exposure.happened else exposure.outputs_among(tensors)
     inferred = inferred._replace(written=inferred.written | written)
+    inferred = _with_functions(inferred, functions)
     return _with_host_randomness(inferred, host), tracker
 
 
@@ -187,6 +194,11 @@ def _noticed(inferred: Inferred, tracker: Tracker, exposure: Exposure, operators
         copies=exposure.copies,
         operates_on_functions=operators.any,
     )
+
+
+def _with_functions(inferred: Inferred, functions: NoticedFunctions) -> Inferred:
+    classes = [cls for cls in functions.classes if cls.__module__ != torch.utils.checkpoint.__name__]
+    return inferred._replace(hand_written=bool(classes), runs_others=functions.run_others and bool(classes))
 
 
 def _check_foreign(name: str, around: Surroundings, tracker: Tracker) -> None:
@@ -256,9 +268,10 @@ def _infer_real(
     before, host = [t.clone() for t in tensors], host_generators()
     exposure = Exposure()
     noticed = Noticed(RUN)
-    with Tracker(tensors) as tracker, operators_on_functions(noticed):
+    with Tracker(tensors) as tracker, operators_on_functions(noticed), noticed_functions() as functions:
         result, needs_grad = run_without_graph(call, tensors, exposure)
         inferred = _conclude(name, result, tensors, tracker)
+    inferred = _with_functions(inferred, functions)
     _check_foreign(name, around, tracker)
     inferred = _noticed(inferred, tracker, exposure, noticed)
     differing = {i for i, (new, old) in enumerate(zip(tensors, before, strict=True)) if not _same_bits(new, old)}

@@ -1,6 +1,7 @@
-"""The one place that knows private or version-dependent names of jax and torch.
+"""The place that knows private or version-dependent names of jax and torch.
 
-Everything else in the package imports only documented names of the two frameworks. `make versions` tests the lowest
+Apart from `_autograd_functions.py` and `xla/_internals.py`, everything else in the package imports only documented
+names of the two frameworks. `make versions` tests the lowest
 and the newest versions that `pyproject.toml` allows.
 """
 

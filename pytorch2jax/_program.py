@@ -18,9 +18,11 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 
+from pytorch2jax._autograd_functions import recorded_backwards
 from pytorch2jax._buffers import Buffers
 from pytorch2jax._composite import CompositeNorms
 from pytorch2jax._errors import LoopWarning, NarrowingError, Pytorch2JaxError, UnsupportedTransformError
+from pytorch2jax._hand_written import recorded_backward
 from pytorch2jax._inference import Spec
 from pytorch2jax._internals import hold_weakly
 from pytorch2jax._torch_state import TorchState, differentiable_kernels
@@ -211,7 +213,7 @@ class Program(abc.ABC):
                 result = self._run_in(tensors, styles[index])
             except torch.OutOfMemoryError:
                 raise
-            except (RuntimeError, TypeError) as error:  # as which torch says that it does not support something
+            except _UNSUPPORTED as error:
                 if isinstance(error, Pytorch2JaxError):
                     raise
                 failures.append(error)
@@ -223,13 +225,19 @@ class Program(abc.ABC):
         raise self._failure(failures)
 
     def _run_in(self, tensors: Sequence[torch.Tensor], style: Style) -> Tensors:
-        if style.fused and self.order <= 1:
+        # A backward pass is recorded for the derivatives of derivatives, and for forward mode by double backward.
+        records = self.order > 1 or (not style.forward_mode and any(p.forward_mode for p in self.chain()))
+        if style.fused and not records:
             return self.run(tensors, style, Around())
         with contextlib.ExitStack() as stack:
             if not style.fused:
                 stack.enter_context(differentiable_kernels())
             if self.order > 1:
                 stack.enter_context(CompositeNorms())
+            if records:
+                stack.enter_context(
+                    recorded_backwards(functools.partial(recorded_backward, self.describe(), self.order))
+                )
             return self.run(tensors, style, Around())
 
     @functools.cached_property
@@ -307,6 +315,8 @@ class RootProgram(Program):
     vmap_randomness: str = "same"
     forward_mode_errs: bool = False  # torch's forward mode is wrong for it, without an error
     asks: bool = False  # whether tensors require a gradient, which torch.vmap denies
+    hand_written: bool = True  # has a backward of the user's, which may look at parameters as objects
+    recorded_too: tuple[int, ...] = ()  # inputs that require gradients whenever one of them does
     shares_tensors: bool = False  # does nothing to its input tensors, as objects, that would outlast a call
     state: TorchState  # what surrounds each call
     batching: Batching | None = None  # how the user wants batches evaluated
@@ -375,6 +385,10 @@ class RootProgram(Program):
     @abc.abstractmethod
     def session(self) -> contextlib.AbstractContextManager[None]:
         """What surrounds one execution: ambient torch state, exclusive use of the module."""
+
+
+# As these, torch says that it does not support something.
+_UNSUPPORTED = (RuntimeError, TypeError, AssertionError)
 
 
 def _is_unsupported(error: Exception) -> bool:

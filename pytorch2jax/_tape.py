@@ -35,7 +35,16 @@ from pytorch2jax._internals import (
 )
 from pytorch2jax._program import Around, Program, Style, Tensors
 from pytorch2jax._transfer import torch_device
-from pytorch2jax._transforms import RECORDED, Derived, Vjp, conjugated, gradients, inexact_outputs, is_large
+from pytorch2jax._transforms import (
+    RECORDED,
+    Derived,
+    Vjp,
+    conjugated,
+    gradients,
+    inexact_outputs,
+    is_large,
+    others_recorded,
+)
 
 HANDLE = Spec((2,), np.dtype("uint32"))
 """What a number on the tape looks like in JAX, with and without 64-bit dtypes; zero is none."""
@@ -81,7 +90,7 @@ class Entry:
     """The graph of one forward pass.
 
     program: what ran.
-    inputs: the active inputs, as leaves of the graph.
+    inputs: the recorded inputs, as leaves of the graph; the active ones come first.
     outputs: where in the graph each inexact output is; None for one that does not depend on `inputs`.
     addresses: where each input was in memory; autograd may have saved views of that memory.
     sources: the inputs, if hooks saw what autograd saved: views of inputs are saved by their place in `operands`.
@@ -272,9 +281,13 @@ class Taped(Derived):
         super().__init__(base, active)
         self.active = active
         self.outputs = inexact_outputs(base)
+        self.recorded = (*active, *others_recorded(self))  # the leaves of its graphs
+        # A backward that a user wrote may look into the module's slots: at what it saved, and at `.grad`, as that of a
+        # leaf. There, the function is given the leaves themselves, without hooks.
+        plain = self.root.hand_written
         # A large gradient is taken from its leaf by a hook. What the function is given is then not the leaf, but a view
         # of it, because its own code may differentiate with respect to that.
-        self.large = [i for i in active if is_large(base.in_specs[i])]
+        self.large = [] if plain else [i for i in active if is_large(base.in_specs[i])]
         self.in_specs = base.in_specs
         self.out_specs = (*base.out_specs, HANDLE)
         self.constant = base.constant
@@ -284,7 +297,7 @@ class Taped(Derived):
         # What autograd saves of the inputs is found by address at first, which costs nothing; once the inputs of a
         # backward pass were somewhere else, as in a scan, by hooks.
         self.hooks = False
-        self._hookable = True
+        self._hookable = not plain
         self._size: int | None = None
 
     def run(self, tensors: Sequence[torch.Tensor], style: Style, around: Around) -> Tensors:
@@ -339,7 +352,7 @@ class Taped(Derived):
     def _with_leaves(self, entry: Entry, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The inputs, the active ones as leaves of a new graph."""
         given, leaves = list(tensors), []
-        for index in self.active:
+        for index in self.recorded:
             leaf = tensors[index].detach().requires_grad_()
             leaves.append(leaf)
             given[index] = leaf
@@ -474,13 +487,14 @@ class FromTape(Derived):
         entry.operands = primals
         outputs = [entry.outputs[i] for i in self._of_outputs]
         inputs = [entry.inputs[i] for i in self._of_inputs]
+        others = [x for i, x in enumerate(entry.inputs) if i not in self._of_inputs] if root.recorded_too else []
         # A backward may write to what it is given, and these are XLA's.
         given = [c.clone() for c in (conjugated(cotangents) if self._is_complex else cotangents)]
         try:
             with root.session(), root.backward(primals):
                 root.hold(primals, self._leaves(entry, primals))
                 destinations = {i: buffers[i] for i in self._large} if buffers is not None and self._large else None
-                pulled = gradients(outputs, inputs, given, destinations=destinations)
+                pulled = gradients(outputs, [*inputs, *others], given, destinations=destinations)[: len(inputs)]
                 return conjugated(pulled) if self._is_complex else pulled
         except Exception as error:  # whatever it is: the computation without the tape meets it, too, or does without
             self.taped.useless = not isinstance(error, torch.OutOfMemoryError)
@@ -489,7 +503,7 @@ class FromTape(Derived):
     def _leaves(self, entry: Entry, primals: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
         """What a backward finds in the module's slots where it looks there: tensors that require gradients."""
         # The graph's own, unless these are elsewhere by now, or have a hook that is meant for the graph.
-        leaves = dict(zip(self.taped.active, entry.inputs, strict=True))
+        leaves = dict(zip(self.taped.recorded, entry.inputs, strict=True))
         for index in self.taped.active if entry.sources else self.taped.large:
             # A hand-written checkpoint holds what it was given, and differentiates with respect to that.
             given = entry.given[index]()

@@ -17,17 +17,21 @@ import functools
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pytorch2jax._composite import CompositeScatter
 from pytorch2jax._dtypes import dtype_j2t, is_inexact
 from pytorch2jax._errors import OutputMismatchError, UnsupportedTransformError
+from pytorch2jax._hand_written import any_direction
 from pytorch2jax._inference import Spec
 from pytorch2jax._internals import GradientEdge, flat_vmap, load_forward_mode, run_backward
 from pytorch2jax._program import Around, Batching, Program, RootProgram, Style, Tensors
 from pytorch2jax._torch_state import vmap_fallback
+
+if TYPE_CHECKING:
+    from pytorch2jax._tape import Taped
 
 _INSIDE = Around(functional=True, differentiated=True)
 RECORDED = Around(functional=False, differentiated=True)
@@ -36,6 +40,15 @@ RECORDED = Around(functional=False, differentiated=True)
 # Torch counts the levels of its forward mode in a global variable: of two threads that use it at once, one loses its
 # tangents, without an error (torch 2.13).
 _FORWARD_MODE = threading.RLock()
+
+
+class _Recording(threading.local):
+    """In each thread: for which program a backward pass with a graph of its own runs."""
+
+    program: Program | None = None
+
+
+_RECORDING = _Recording()
 
 
 class Derived(Program):
@@ -73,33 +86,17 @@ class Derived(Program):
         """
         raise NotImplementedError(f"{self.describe()} is not linear")
 
-    _checked = False
+    def _recorded_gradients(self, outputs: Tensors, inputs: Tensors, cotangents: Tensors) -> Tensors:
+        """Gradients with a graph of their own.
 
-    def _check_recorded(self, pulled: Tensors, cotangents: Tensors) -> None:
-        """Complain, once, where torch's backward has not recorded itself, so that derivatives of it come out as zero.
-
-        `pulled` is linear in `cotangents`: with `p` its value and `J` its derivative, `<p, p>` equals `<c, J' p>`.
-        A backward that leaves torch (NumPy), or is marked as differentiable once, lacks a part of `J`.
+        Raises:
+            UnsupportedTransformError: a part of them would have none.
         """
-        live = [p for p in pulled if p.requires_grad]
-        size = sum(float((p.detach().abs() ** 2).sum()) for p in pulled)
-        noise = sum(float((c.detach().abs() ** 2).sum()) * torch.finfo(c.dtype).eps for c in cotangents)
-        if self._checked or not noise < size < float("inf"):
-            return
-        weights = [p.detach() for p in live]
-        found: Sequence[Any] = [None] * len(cotangents)
-        if live:
-            found = torch.autograd.grad(live, cotangents, weights, retain_graph=True, allow_unused=True)
-        again = sum(
-            float((c.detach().conj() * g).sum().real) for c, g in zip(cotangents, found, strict=True) if g is not None
-        )
-        if abs(again - size) > 0.05 * size:
-            raise UnsupportedTransformError(
-                f"{self.describe()}: the backward of a torch.autograd.Function in it cannot be differentiated (it is "
-                "marked once_differentiable, or computes outside of torch), and derivatives of it would come out as "
-                "zero. Write it with torch operations only, or ask for first-order reverse mode (jax.grad)."
-            )
-        self._checked = True
+        before, _RECORDING.program = _RECORDING.program, self
+        try:
+            return gradients(outputs, inputs, cotangents, create_graph=True)
+        finally:
+            _RECORDING.program = before
 
 
 def inexact_outputs(program: Program) -> tuple[int, ...]:
@@ -148,18 +145,17 @@ class Jvp(Derived):
         inputs = tuple(primals[i] for i in self.active)
         with torch.enable_grad():
             outputs, pull = torch.func.vjp(call, *inputs)[:2]
-            push = torch.func.vjp(pull, tuple(_any_direction(o) for o in outputs))[1]
+            push = torch.func.vjp(pull, tuple(any_direction(o) for o in outputs))[1]
             return tuple(push(tuple(tangents))[0])
 
     def _double_backward(self, primals: Tensors, tangents: Tensors, style: Style) -> Tensors:
         """The same through plain autograd."""
         keep = torch.is_grad_enabled()
         with torch.enable_grad():
-            inputs, outputs = _recorded(self, primals, style)
-            duals = tuple(_any_direction(o).requires_grad_() for o in outputs)
+            inputs, outputs = _recorded(self, primals, style, again=True)
+            duals = tuple(any_direction(o).requires_grad_() for o in outputs)
             with self.root.backward(primals):
-                pulled = gradients(outputs, inputs, duals, create_graph=True)
-                self._check_recorded(pulled, duals)
+                pulled = self._recorded_gradients(outputs, inputs, duals)[: len(self.active)]
                 return gradients(pulled, duals, tangents, create_graph=keep)
 
 
@@ -206,26 +202,26 @@ class Vjp(Derived):
     def _pull_through_everything(self, primals: Tensors, cotangents: Tensors, style: Style) -> Tensors:
         """By `torch.autograd.backward`, which fills the `grad` of the leaves."""
         with torch.enable_grad():
-            inputs, outputs = _recorded(self, primals, style)
+            inputs, outputs = _recorded(self, primals, style, again=False)
+            _forget_grad(inputs)
             live = [(o, c.clone()) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
             if live:
                 with self.root.backward(primals):
                     torch.autograd.backward([o for o, _ in live], [c for _, c in live])
-        return conjugated(torch.zeros_like(i) if i.grad is None else i.grad for i in inputs)
+        active = inputs[: len(self.active)]
+        return conjugated(torch.zeros_like(i) if i.grad is None else i.grad for i in active)
 
     def _pull(self, primals: Tensors, cotangents: Tensors, style: Style, keep: bool) -> Tensors:
         """By `torch.autograd.grad`."""
         with torch.enable_grad():
-            inputs, outputs = _recorded(self, primals, style)
+            inputs, outputs = _recorded(self, primals, style, again=keep)
             if keep:
                 cotangents = tuple(c if c.requires_grad else c.detach().requires_grad_() for c in cotangents)
             else:  # a backward may write to what it is given, and these are XLA's
                 cotangents = tuple(c.clone() for c in cotangents)
             with self.root.backward(primals):
-                pulled = gradients(outputs, inputs, cotangents, create_graph=keep)
-                if keep:
-                    self._check_recorded(pulled, cotangents)
-            return conjugated(pulled)
+                pull = self._recorded_gradients if keep else gradients
+                return conjugated(pull(outputs, inputs, cotangents)[: len(self.active)])
 
 
 class Vmap(Derived):
@@ -378,20 +374,47 @@ def _restricted(
     return call
 
 
-def _recorded(program: Jvp | Vjp, primals: Tensors, style: Style) -> tuple[Tensors, Tensors]:
-    """Run the base of a derivative under autograd: its active inputs and chosen outputs, as nodes of one graph."""
+def _recorded(program: Jvp | Vjp, primals: Tensors, style: Style, *, again: bool) -> tuple[Tensors, Tensors]:
+    """Run the base of a derivative under autograd: its active inputs and chosen outputs, as nodes of one graph.
+
+    Behind the active inputs come the others that are recorded.
+
+    Args:
+        program: the derivative.
+        primals: the inputs of its base.
+        style: how to run that.
+        again: whether the derivative is differentiated again.
+    """
+    again = again or program.base.order > 0
     arguments = list(primals)
-    for index in program.active:
+    for index in (*program.active, *others_recorded(program)):
         primal = primals[index]
-        arguments[index] = primal.view_as(primal) if primal.requires_grad else primal.detach().requires_grad_()
+        if primal.requires_grad:
+            arguments[index] = primal.view_as(primal)
+        else:
+            arguments[index] = leaf = primal.detach().requires_grad_()
+            if again:
+                leaf.register_post_accumulate_grad_hook(_refuse_accumulation)
     outputs = program.base.run(arguments, style, RECORDED)
-    return tuple(arguments[i] for i in program.active), tuple(outputs[i] for i in program.outputs)
+    inputs = tuple(arguments[i] for i in (*program.active, *others_recorded(program)))
+    return inputs, tuple(outputs[i] for i in program.outputs)
 
 
-def _any_direction(like: torch.Tensor) -> torch.Tensor:
-    """A fixed tensor in no special direction: one that a derivative is unlikely to send to zero."""
-    numbers = torch.arange(1, like.numel() + 1, dtype=torch.float64, device=like.device)
-    return torch.cos(numbers).reshape(like.shape).to(like.dtype)
+def others_recorded(program: Jvp | Vjp | Taped) -> tuple[int, ...]:
+    """The inputs besides the active ones with respect to which a backward pass is run, for what happens on its way."""
+    too = program.root.recorded_too
+    return tuple(i for i in too if i not in program.active) if too else ()
+
+
+def _refuse_accumulation(leaf: torch.Tensor) -> None:
+    """A hook: while a backward pass is recorded, nobody may leave a part of a gradient in `grad`."""
+    program = _RECORDING.program
+    if program is not None:
+        raise UnsupportedTransformError(
+            f"{program.describe()}: a backward pass in it calls `torch.autograd.backward` in its turn, which leaves a "
+            "part of the gradients in `.grad`, where they have no derivatives. Let it call `torch.autograd.grad` "
+            "and return what that gives, or ask for first-order reverse mode (jax.grad)."
+        )
 
 
 def gradients(
@@ -403,6 +426,9 @@ def gradients(
     destinations: Mapping[int, torch.Tensor] | None = None,
 ) -> Tensors:
     """`torch.autograd.grad` with zeros where nothing depends on anything.
+
+    A backward pass of the user's may call `torch.autograd.backward`, as reversible networks do. What that leaves in the
+    `grad` of `inputs` belongs to their gradients.
 
     Args:
         outputs: tensors or places in the graph; None for what depends on nothing.
@@ -425,10 +451,13 @@ def gradients(
     for index, buffer in (destinations or {}).items():
         inputs[index].register_hook(functools.partial(_place, placed, index, buffer))
     found: Sequence[torch.Tensor | None]
+    _forget_grad(inputs)
     if create_graph:
         found = torch.autograd.grad(where, inputs, given, create_graph=True, allow_unused=True)
     else:
         found = run_backward(tuple(where), tuple(given), tuple(inputs))
+        if any(i.grad is not None for i in inputs):
+            found = list(map(_with_grad, found, inputs))
     result = []
     for index, gradient in enumerate(found):
         if index in placed:
@@ -438,6 +467,19 @@ def gradients(
         else:
             result.append(gradient if gradient.layout is torch.strided else gradient.to_dense())
     return tuple(result)
+
+
+def _forget_grad(leaves: Sequence[torch.Tensor]) -> None:
+    """Leave nothing in `grad` that was there before a backward pass: the function's own code may have put it there."""
+    for leaf in leaves:
+        if leaf.is_leaf and leaf.grad is not None:
+            leaf.grad = None
+
+
+def _with_grad(gradient: torch.Tensor | None, leaf: torch.Tensor) -> torch.Tensor | None:
+    if leaf.grad is None or gradient is None:
+        return leaf.grad if gradient is None else gradient
+    return gradient + leaf.grad
 
 
 _LARGE = 1 << 18  # bytes; below, a hook costs more than it saves

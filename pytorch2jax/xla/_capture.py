@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from pytorch2jax._autograd_functions import custom_functions
 from pytorch2jax._errors import CaptureError, Pytorch2JaxError
 from pytorch2jax._internals import fake_tensor_mode, is_functorch_active, operators_on_functions
 from pytorch2jax._torch_state import differentiable_kernels, forked_generators
@@ -19,7 +20,7 @@ from pytorch2jax.xla._decompositions import DETACHING, FUNCTIONS, batch_norm_wit
 from pytorch2jax.xla._graph import Graph, pruned
 from pytorch2jax.xla._hand_written import record_function
 from pytorch2jax.xla._hooks import HOOKS, refused, refusing_module_hooks
-from pytorch2jax.xla._internals import cumulative_batch_norms, custom_functions, is_followed_by_autograd
+from pytorch2jax.xla._internals import cumulative_batch_norms, is_followed_by_autograd
 from pytorch2jax.xla._recorder import Recorder
 from pytorch2jax.xla._recurrent import LAYERS
 
@@ -47,6 +48,7 @@ def capture(
                 tensors = [t.requires_grad_() * 1 if t.is_floating_point() or t.is_complex() else t for t in tensors]
             recorder = Recorder(name, active=active)
             taken = [recorder.take(tensor) for tensor in tensors]
+            recorder.arguments += tensors
             try:
                 with (
                     operators_on_functions(handlers(recorder)),

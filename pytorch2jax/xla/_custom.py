@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -10,7 +11,8 @@ import numpy as np
 
 from pytorch2jax._dtypes import canonical_dtype_t2j
 from pytorch2jax.xla._graph import Equation, Unifiable, Var, used
-from pytorch2jax.xla._interpret import run
+from pytorch2jax.xla._internals import aten
+from pytorch2jax.xla._interpret import run as interpret
 from pytorch2jax.xla._linearity import is_linear
 
 
@@ -61,6 +63,10 @@ class CustomGradient(Unifiable):
         self._linear: bool | None = None
         # What the backward pass needs from the forward pass.
         self._kept = [v for v in used_backward if v not in made_backward and v not in cotangents]
+        # An output that is kept has the derivative of an output, by the backward, and not that of the forward.
+        same = {e.outputs[0]: e.args[0] for e in forward if e.operator is aten.detach.default}  # as which it is saved
+        origins = {k: _origin(v, same) for k, v in enumerate(self._kept)}
+        self._kept_outputs = {k: outputs.index(v) for k, v in origins.items() if v in outputs and v not in primals}
 
     def __call__(self, *arrays: Any, key: Any = None) -> tuple[Any, ...]:
         n = len(self._primals)
@@ -73,7 +79,10 @@ class CustomGradient(Unifiable):
         def call(primals: Any, around: Any, key: Any) -> Any:
             return self._run(primals, around, key)[0]
 
-        call.defvjp(self._run, lambda kept, cotangents: (self._pull(kept, cotangents), None, None))
+        call.defvjp(
+            functools.partial(self._run_keeping, call),
+            lambda kept, cotangents: (self._pull(kept, cotangents), None, None),
+        )
         return call(arrays[:n], around, key)
 
     def _in_both_modes(self, primals: Any, around: Any, key: Any) -> tuple[Any, ...]:
@@ -85,7 +94,7 @@ class CustomGradient(Unifiable):
 
         @call.defjvp
         def _(arguments: Any, tangents: Any) -> tuple[Any, Any]:
-            outputs, kept = self._run(*arguments)
+            outputs, kept = self._run_keeping(call, *arguments)
             push = jax.linear_transpose(lambda *c: self._pull_active(kept, c), *self._cotangents_of(outputs))
             tangents_out = [jnp.zeros_like(o) for o in outputs]
             pushed = push(tuple(tangents[0][i] for i in self._active))
@@ -106,9 +115,16 @@ class CustomGradient(Unifiable):
 
     def _run(self, primals: Any, around: Any, key: Any) -> tuple[Any, Any]:
         env = dict(zip(self._primals, primals, strict=True)) | dict(zip(self.free, around, strict=True))
-        run(self._forward, env, key)
+        interpret(self._forward, env, key)
         kept = [env[v] for v in self._kept]
         return tuple(env[v] for v in self._outputs), (kept, key)
+
+    def _run_keeping(self, call: Any, primals: Any, around: Any, key: Any) -> tuple[Any, Any]:
+        outputs, (kept, key) = self._run(primals, around, key)
+        if self._kept_outputs:
+            outputs = call(primals, around, key)
+            kept = [outputs[self._kept_outputs[k]] if k in self._kept_outputs else v for k, v in enumerate(kept)]
+        return outputs, (kept, key)
 
     def _pull(self, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
         """A gradient or None for each primal, for a cotangent of each output."""
@@ -121,7 +137,7 @@ class CustomGradient(Unifiable):
     def _pull_active(self, residuals: Any, cotangents: Any, *, zeros: bool = True) -> tuple[Any, ...]:
         kept, key = residuals
         env = dict(zip(self._kept, kept, strict=True)) | dict(zip(self._cotangents, cotangents, strict=True))
-        run(self._backward, env, key)
+        interpret(self._backward, env, key)
         gradients = [None if g is None else env[g] for g in self._gradients]
         if zeros:
             like = [self._primals[i] for i in self._active]
@@ -133,6 +149,12 @@ class CustomGradient(Unifiable):
 
     def __repr__(self) -> str:
         return self.name
+
+
+def _origin(var: Var, same: dict[Var | None, Any]) -> Var:
+    while var in same:
+        var = same[var]
+    return var
 
 
 def _as_tangent(tangent: Any, output: Any) -> Any:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytorch2jax._autograd_functions import FunctionCall
 from pytorch2jax._errors import CaptureError
 from pytorch2jax._internals import is_fake
 from pytorch2jax.xla._custom import CustomGradient
 from pytorch2jax.xla._graph import Var
-from pytorch2jax.xla._internals import FunctionCall, is_followed_by_autograd
+from pytorch2jax.xla._internals import is_followed_by_autograd
 
 if TYPE_CHECKING:
     from pytorch2jax.xla._recorder import Recorder
@@ -70,13 +72,13 @@ def _captured(
     primals: list[Var] = []
     for i in where:
         # A backward pass may use what was passed again, under another name: the parameters of what it runs once more.
-        alone = sum(args[i] is args[j] for j in where) == 1
-        if not (alone and is_fake(args[i]) and args[i].is_leaf and not args[i].requires_grad):
+        if not (is_fake(args[i]) and args[i].is_leaf and not args[i].requires_grad):
             inner[i] = recorder.anew(args[i])
             recorder.take(inner[i])
         primals.append(recorder.var_of(inner[i]))
     before = [recorder.storage_of(inner[i]).version for i in where]
-    leaves = [inner[i].requires_grad_() for i in active]
+    # The gradient of what was passed twice is the sum for both, and goes to the first of them.
+    leaves = list({id(inner[i]): inner[i].requires_grad_() for i in active}.values())
     try:
         try:
             out = call.apply(*inner)
@@ -95,8 +97,11 @@ def _captured(
         gradients: Sequence[torch.Tensor | None] = [None] * len(leaves)
         if differentiable:
             ends = [tensors[i] for i in differentiable]
-            gradients = torch.autograd.grad(ends, leaves, cotangents, allow_unused=True)
-        pulled = tuple(None if g is None else recorder.var_of(g) for g in gradients)
+            with _refusing_accumulation(recorder, cls, leaves):
+                gradients = torch.autograd.grad(ends, leaves, cotangents, allow_unused=True)
+        by_leaf = {id(leaf): g for leaf, g in zip(leaves, gradients, strict=True) if g is not None}
+        found = [by_leaf.pop(id(inner[i]), None) for i in active]
+        pulled = tuple(None if g is None else recorder.var_of(g) for g in found)
     finally:
         for leaf in leaves:
             leaf.requires_grad_(False)
@@ -111,6 +116,31 @@ def _captured(
         backward=tuple(recorder.equations),
         gradients=pulled,
     ), out
+
+
+@contextlib.contextmanager
+def _refusing_accumulation(recorder: Recorder, cls: Any, leaves: list[torch.Tensor]) -> Iterator[None]:
+    """Around a backward: refuse one that calls `torch.autograd.backward`, which gives gradients to what it reaches."""
+    reached = [t for t in recorder.arguments if (t.is_floating_point() or t.is_complex()) and t.is_leaf]
+    quiet = [t for t in reached if not t.requires_grad]
+    for tensor in quiet:
+        tensor.requires_grad_()
+    try:
+        yield
+    finally:
+        for tensor in quiet:
+            tensor.requires_grad_(False)
+    constants = [c for c in recorder.constants.values() if c.is_leaf and c.grad is not None and is_fake(c.grad)]
+    left = [t for t in (*reached, *leaves, *constants) if t.grad is not None]
+    for tensor in left:
+        tensor.grad = None
+    if left:
+        raise CaptureError(
+            f"{recorder.name}: {cls.__qualname__}: expected a backward that returns all gradients, got one that calls "
+            "`torch.autograd.backward`, which leaves those of parameters in `.grad`. Pass the parameters to the "
+            'Function, and return what `torch.autograd.grad` gives for them, or use `backend="torch"`, which counts '
+            "what is in `.grad`."
+        )
 
 
 def _writes_to_inputs(recorder: Recorder, cls: Any) -> CaptureError:

@@ -6,19 +6,16 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch._ops import OpOverload
-from torch.autograd.function import FunctionMeta, _SingleLevelFunction
 from torch.nn.modules import module as modules
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pytorch2jax._internals import is_fake, torch_pytree
 
 __all__ = ["OpOverload"]
-
-is_forward_grad_enabled: Callable[[], bool] = torch._C._is_fwd_grad_enabled
 
 aten = torch.ops.aten
 
@@ -136,98 +133,6 @@ def has_backward_hooks(module: torch.nn.Module) -> bool:
 def is_known(tensor: torch.Tensor) -> bool:
     """Whether a fake tensor has a value: it was made of a number."""
     return getattr(tensor, "constant", None) is not None
-
-
-class FunctionCall(NamedTuple):
-    """A call `cls.apply(*args, **kwargs)` of a `torch.autograd.Function`.
-
-    args, kwargs: as the author's `forward` gets them, without the context.
-    forward: calls the author's `forward`, as `apply` was about to do.
-    """
-
-    cls: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    forward: Callable[[], Any]
-
-    def apply(self, *args: Any) -> Any:
-        """Torch's own `apply` of the class, with other arguments."""
-        return torch._C._FunctionBase.__dict__["apply"].__get__(None, self.cls)(*args, **self.kwargs)
-
-
-class _Hooks(threading.local):
-    """In each thread: who wants to see calls of `torch.autograd.Function`, and the grad modes of those under way."""
-
-    def __init__(self) -> None:
-        self.hook: Callable[[FunctionCall], Any] | None = None
-        self.calls: list[tuple[Any, bool]] = []
-
-
-_HOOKS = _Hooks()
-_PATCH = threading.Lock()
-_patches = 0  # how many threads are inside of `custom_functions`
-
-
-@contextlib.contextmanager
-def custom_functions(hook: Callable[[FunctionCall], Any]) -> Iterator[None]:
-    """In this thread, `hook(call)` runs in the place of `forward` of each `torch.autograd.Function`.
-
-    `apply` itself may have been taken from its class before (`cube = Cube.apply`), and since torch 2.14 it is written
-    in C++. But in all versions it asks the class for what it needs: for `_backward_cls` as soon as it is called, and
-    for `forward` when it has turned grad mode off. The hook runs in the grad mode of the caller.
-    """
-    global _patches
-    before = _HOOKS.hook, _HOOKS.calls
-    with _PATCH:
-        _patches += 1
-        if _patches == 1:
-            FunctionMeta.__getattribute__ = _attribute  # type: ignore[method-assign]
-    _HOOKS.hook, _HOOKS.calls = hook, []
-    try:
-        yield
-    finally:
-        _HOOKS.hook, _HOOKS.calls = before
-        with _PATCH:
-            _patches -= 1
-            if _patches == 0:
-                del FunctionMeta.__getattribute__
-
-
-def _attribute(cls: Any, name: str) -> Any:
-    """`getattr(cls, name)` for a `torch.autograd.Function`, while somebody wants to see the calls of these."""
-    value = type.__getattribute__(cls, name)
-    hook, calls = _HOOKS.hook, _HOOKS.calls
-    if hook is None:
-        return value
-    if name == "_backward_cls":
-        calls.append((cls, torch.is_grad_enabled()))
-    elif name == "forward" and calls and calls[-1][0] is cls and not torch.is_grad_enabled():
-        return functools.partial(_forward, hook, cls, value, calls.pop()[1])
-    return value
-
-
-def _forward(
-    hook: Callable[[FunctionCall], Any], cls: Any, forward: Callable[..., Any], grad: bool, *given: Any, **kwargs: Any
-) -> Any:
-    has_context = type.__getattribute__(cls, "setup_context") is _SingleLevelFunction.setup_context
-
-    def as_it_is() -> Any:
-        with torch.no_grad():
-            return forward(*given, **kwargs)
-
-    call = FunctionCall(cls, given[1:] if has_context else given, kwargs, as_it_is)
-    with torch.set_grad_enabled(grad), _forward_grad():
-        return hook(call)
-
-
-@contextlib.contextmanager
-def _forward_grad() -> Iterator[None]:
-    before = is_forward_grad_enabled()
-    torch._C._set_fwd_grad_enabled(True)
-    try:
-        yield
-    finally:
-        torch._C._set_fwd_grad_enabled(before)
 
 
 def is_followed_by_autograd(tree: Any) -> bool:

@@ -47,6 +47,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self, name: str, *, active: bool = False) -> None:
         super().__init__()
         self.equations: list[Equation] = []
+        self.arguments: list[torch.Tensor] = []
         self.constants: dict[Var, torch.Tensor] = {}
         self.name = name
         self._active = active
