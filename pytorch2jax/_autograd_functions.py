@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.utils._pytree as torch_pytree
 from torch.autograd.function import FunctionMeta, _SingleLevelFunction
 
 
@@ -183,7 +184,8 @@ def _forward_noted(cls: Any, forward: Callable[..., Any], *given: Any, **kwargs:
     noticed = _HOOKS.noticed
     if noticed is not None:
         values = [*given[_takes_context(cls) :], *kwargs.values()]
-        noticed.run_others |= any(callable(v) and not isinstance(v, torch.Tensor) for v in values)
+        leaves = torch_pytree.tree_leaves(values)
+        noticed.run_others |= any(callable(v) and not isinstance(v, torch.Tensor) for v in leaves)
     if _HOOKS.backward is None:
         return forward(*given, **kwargs)
     if _takes_context(cls):

@@ -207,7 +207,7 @@ class BoundFunction(RootProgram):
         self._needs_grad = self.inferred.needs_grad
         self.forward_mode_errs, self.asks = self.inferred.forward_mode_errs, self.inferred.asks
         self.hand_written = self.inferred.hand_written
-        if self.hand_written and (self._own or self.inferred.runs_others):  # a backward may be about all of them
+        if self.inferred.runs_others:  # a backward may be about all of them
             self.recorded_too = tuple(i for i, spec in enumerate(self.in_specs) if is_inexact(spec.dtype))
         self.shares_tensors = self.inferred.certain and not (self.inferred.marks or self.inferred.retains)
         n_own = len(self._own)

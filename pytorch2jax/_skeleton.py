@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from pytorch2jax._attributes import Change, Held, Snapshot
+from pytorch2jax._attributes import Container, Held, Snapshot, tensors_in
 from pytorch2jax._errors import ConversionError, StateError
 from pytorch2jax._inference import Surroundings
 from pytorch2jax._params import Leaf, Slots
@@ -58,7 +58,7 @@ class Skeleton:
         self._constants: dict[torch.device, list[torch.Tensor]] = {}
         self._flags = {None: _training_flags(self._module)}
         self._source = [(".".join(leaf.path), weakref.ref(t)) for leaf, t in zip(leaves, tensors, strict=True)]
-        self._leftovers: dict[tuple[int, Any], Change] = {}
+        self._leftovers: dict[tuple[type, int], Container] = {}
         self._lock = threading.RLock()
         self._depth = 0
         self._empty()
@@ -127,12 +127,12 @@ class Skeleton:
         for tables, placeholder in zip(self._tables, self._placeholders, strict=True):
             for table, name in tables:
                 table[name] = placeholder
-        for change in list(self._leftovers.values()):
-            change.put_back()
+        for container in list(self._leftovers.values()):
+            container.put_back()
 
     @contextlib.contextmanager
     def learning(self) -> Iterator[None]:
-        """Find out which plain attributes `forward` sets, to put them back after each call."""
+        """Find out which plain attributes and containers `forward` changes, to put them back after each call."""
         self._snapshot = Snapshot(self._module)
         before = {id(module) for module in self._module.modules()}
         try:
@@ -148,8 +148,8 @@ class Skeleton:
             )
 
     def _learn(self) -> None:
-        for change in self._snapshot.changes() if self._snapshot else ():
-            self._leftovers.setdefault((id(change.container), change.key), change)
+        for container in self._snapshot.changed() if self._snapshot else ():
+            self._leftovers.setdefault((type(container), id(container.value)), container)
 
     def surroundings(self) -> Surroundings:
         return Surroundings(
@@ -163,7 +163,7 @@ class Skeleton:
 
     def _left_behind(self) -> list[tuple[str, torch.Tensor]]:
         changes = self._snapshot.changes() if self._snapshot else ()
-        return [(change.path, tensor) for change in changes for tensor in change.tensors()]
+        return [(path, tensor) for path, value in changes for tensor in tensors_in(value)]
 
     def _put_back(self) -> None:
         self._learn()
