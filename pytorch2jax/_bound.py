@@ -48,6 +48,7 @@ from pytorch2jax._program import Around, Axes, Batching, Program, RootProgram, S
 from pytorch2jax._rng import seeded
 from pytorch2jax._sharding import shardable
 from pytorch2jax._torch_state import TorchState
+from pytorch2jax._tracking import WithoutVainHooks
 from pytorch2jax._transfer import j2t
 from pytorch2jax._trees import flatten_output
 
@@ -205,8 +206,8 @@ class BoundFunction(RootProgram):
                 self.inferred = infer(self.name, call, self._tensor_specs, values, self._what.device, around)
         self._out_dtypes = tuple(dtype_j2t(spec.dtype) for spec in self.inferred.specs)
         self._needs_grad = self.inferred.needs_grad
-        self.forward_mode_errs, self.asks = self.inferred.forward_mode_errs, self.inferred.asks
-        self.hand_written = self.inferred.hand_written
+        self.forward_mode_errs, self.asks = self.inferred.forward_mode_errs, self.inferred.asks or self.inferred.hooks
+        self.hand_written, self.has_hooks = self.inferred.hand_written, self.inferred.hooks
         if self.inferred.runs_others:  # a backward may be about all of them
             self.recorded_too = tuple(i for i, spec in enumerate(self.in_specs) if is_inexact(spec.dtype))
         self.shares_tensors = self.inferred.certain and not (self.inferred.marks or self.inferred.retains)
@@ -369,7 +370,7 @@ class BoundFunction(RootProgram):
         inferred = self.inferred
         same_inputs = self._plain and not self._converts
         one_output = inferred.tree.kind == "leaf" and not inferred.changed
-        plain = inferred.certain and not inferred.operates_on_functions
+        plain = inferred.certain and not (inferred.operates_on_functions or inferred.hooks)
         return same_inputs and one_output and plain and self._out_dtypes[0] is inferred.outputs[0].dtype
 
     def call_straight(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -456,6 +457,12 @@ class BoundFunction(RootProgram):
             return self._call(inputs)
 
     def _call(self, inputs: list[torch.Tensor]) -> tuple[Any, list[torch.Tensor]]:
+        if not self.has_hooks or self.backend != "torch":  # the other engine refuses them
+            return self._call_plainly(inputs)
+        with WithoutVainHooks():
+            return self._call_plainly(inputs)
+
+    def _call_plainly(self, inputs: list[torch.Tensor]) -> tuple[Any, list[torch.Tensor]]:
         arguments, n_own = self._what.arguments, len(self._own)
         if self._plain:
             return self._callable(inputs[:n_own], self._what.variant, inputs[n_own:], {})

@@ -35,7 +35,8 @@ def recorded_backward(name: str, order: int, call: BackwardCall) -> Any:
     if is_functorch_active():
         raise NotImplementedError("torch.vmap of the derivative of a hand-written backward is not supported")
     result = call.backward(call.ctx, *call.cotangents) if order == 1 else _again(name, call)
-    _check_linear(name, call, result)
+    what = f"{name}: {call.cls.__qualname__}: the backward of a torch.autograd.Function"
+    check_linear(what, call.cotangents, _listed(result))
     return result
 
 
@@ -148,14 +149,22 @@ def _listed(result: Any) -> list[Any]:
 # -- what is missing in the graph of a backward ----------------------------------------------------------------
 
 
-def _check_linear(name: str, call: BackwardCall, result: Any) -> None:
+def check_linear(what: str, cotangents: Sequence[Any], results: Sequence[Any]) -> None:
     """Raise where a part of a backward has no graph.
 
     With `p` what it returns for cotangents `c`, `J` its derivative as its graph has it, and any `w`: `p` is linear in
     `c`, so that `<w, p>` equals `<c, J' w>`. Where a part has no graph, `J` lacks that part.
+
+    Args:
+        what: of what kind it is, for messages.
+        cotangents: what it got.
+        results: what it returned.
+
+    Raises:
+        UnsupportedTransformError: the two differ by more than rounding.
     """
-    live = [c for c in call.cotangents if c is not None and c.requires_grad]
-    pulled = [p for p in _listed(result) if p is not None and (p.is_floating_point() or p.is_complex()) and p.numel()]
+    live = [c for c in cotangents if c is not None and c.requires_grad]
+    pulled = [p for p in results if p is not None and (p.is_floating_point() or p.is_complex()) and p.numel()]
     if not live or not pulled:
         return
     weights = list(map(any_direction, pulled))
@@ -173,10 +182,9 @@ def _check_linear(name: str, call: BackwardCall, result: Any) -> None:
     eps = max(torch.finfo(t.dtype).eps for t in (*live, *pulled))
     if math.isfinite(difference) and difference > 4 * math.sqrt(eps) * size:
         raise UnsupportedTransformError(
-            f"{name}: {call.cls.__qualname__}: the backward of a torch.autograd.Function cannot be differentiated (it "
-            "is marked once_differentiable, computes outside of torch, or is not linear in what it gets), and "
-            "derivatives of it would come out without a part, or as zero. Write it with torch operations only, or ask "
-            "for first-order reverse mode (jax.grad)."
+            f"{what} cannot be differentiated (it is marked once_differentiable, computes outside of torch, or is not "
+            "linear in what it gets), and derivatives of it would come out without a part, or as zero. Write it with "
+            "torch operations only, or ask for first-order reverse mode (jax.grad)."
         )
 
 

@@ -68,6 +68,7 @@ class Inferred(NamedTuple):
     hand_written: whether it calls a `torch.autograd.Function` of the user's, whose backward may look at parameters as
         objects.
     runs_others: whether one of these is given a function or module to run.
+    hooks: whether it registers hooks on tensors, or its parameters have some, which act in backward passes alone.
     """
 
     outputs: tuple[TensorSpec, ...]
@@ -89,6 +90,7 @@ class Inferred(NamedTuple):
     operates_on_functions: bool = False
     hand_written: bool = True
     runs_others: bool = True
+    hooks: bool = False
 
 
 # A torch function over flat tensors: returns what the user's function returned, and the values that the
@@ -99,6 +101,7 @@ FlatCall = Callable[[list[torch.Tensor]], tuple[Any, list[torch.Tensor]]]
 class Surroundings(NamedTuple):
     """What a function has besides its arguments.
 
+    has_hooks: whether its own tensors have hooks on their gradients.
     n_own: how many of its inputs, the first ones, are its own tensors.
     left_behind: tells which tensors a run has left in its attributes, and where.
     put_back: undoes that.
@@ -107,6 +110,7 @@ class Surroundings(NamedTuple):
     advice: what to do where inference fails.
     """
 
+    has_hooks: bool = False
     n_own: int = 0
     left_behind: Callable[[], list[tuple[str, torch.Tensor]]] = list
     put_back: Callable[[], None] = lambda: None
@@ -177,17 +181,21 @@ def _infer_fake(
         if kept:
             _check_not_read(name, call, inputs, device, kept)
     _check_foreign(name, around, tracker)
-    inferred = _noticed(inferred, tracker, exposure, noticed)
+    inferred = _noticed(inferred, around, tracker, exposure, noticed)
     written = frozenset(range(len(inputs))) if exposure.happened else exposure.outputs_among(tensors)
     inferred = inferred._replace(written=inferred.written | written)
     inferred = _with_functions(inferred, functions)
     return _with_host_randomness(inferred, host), tracker
 
 
-def _noticed(inferred: Inferred, tracker: Tracker, exposure: Exposure, operators: Noticed) -> Inferred:
+def _noticed(
+    inferred: Inferred, around: Surroundings, tracker: Tracker, exposure: Exposure, operators: Noticed
+) -> Inferred:
     """What those that watched a run say about derivatives, and about tensors as objects."""
-    errs = exposure.cuts or exposure.asks or tracker.has_wrong_tangents
+    hooks = exposure.hooks or around.has_hooks
+    errs = exposure.cuts or exposure.asks or hooks or tracker.has_wrong_tangents
     return inferred._replace(
+        hooks=hooks,
         forward_mode_errs=errs,
         marks=exposure.marks,
         asks=exposure.asks,
@@ -273,7 +281,7 @@ def _infer_real(
         inferred = _conclude(name, result, tensors, tracker)
     inferred = _with_functions(inferred, functions)
     _check_foreign(name, around, tracker)
-    inferred = _noticed(inferred, tracker, exposure, noticed)
+    inferred = _noticed(inferred, around, tracker, exposure, noticed)
     differing = {i for i, (new, old) in enumerate(zip(tensors, before, strict=True)) if not _same_bits(new, old)}
     # On other values it may write to others of its arguments. Of its own tensors, which are many, only those are
     # copied that this run wrote to; a write to another one is an error at run time.

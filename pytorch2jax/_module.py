@@ -29,7 +29,7 @@ from pytorch2jax._params import (
 )
 from pytorch2jax._rng import seed_from_key
 from pytorch2jax._sharding import splitting
-from pytorch2jax._skeleton import Skeleton
+from pytorch2jax._skeleton import Skeleton, hooks_of
 
 
 def convert_pytnn_to_jax(
@@ -129,7 +129,7 @@ class ConvertedModule:
         batch_axes: Any = None,
         backend: str = "torch",
     ) -> None:
-        model = _checked(_unwrapped(model))
+        model = _checked(_unwrapped(model), backend)
         _check_keywords(model, keywords, prefix)
         self.name = type(model).__name__
         self._keywords = {f"{prefix}{name}": (name, default) for name, default in keywords.items()}
@@ -275,7 +275,7 @@ class _Order:
         return check_shapes(call, self._root, self._leaves, values)
 
 
-def _checked(model: nn.Module) -> nn.Module:
+def _checked(model: nn.Module, backend: str) -> nn.Module:
     """The module, if it is of a kind that can be converted."""
     check_module("convert", model)
     for name, module in model.named_modules():
@@ -285,12 +285,33 @@ def _checked(model: nn.Module) -> nn.Module:
                 "on an example input, then convert it."
             )
         _check_tensors(name, module)
+        _check_hooks(name, module, backend)
         if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized", "torch.ao.nn.intrinsic")):
             raise ConversionError(
                 f"convert: {name or type(model).__name__}: a quantised module ({type(module).__name__}) has packed "
                 "integer weights, which JAX cannot hold. Convert the model as it was before quantisation."
             )
     return model
+
+
+def _check_hooks(name: str, module: nn.Module, backend: str) -> None:
+    """Raise where a parameter has hooks that nobody would call."""
+    for param_name, param in module._parameters.items():
+        if param is None:
+            continue
+        where = f"convert: {name + '.' if name else ''}{param_name}"
+        if param._post_accumulate_grad_hooks:
+            raise ConversionError(
+                f"{where}: expected a parameter that torch does not train, got one with a hook that runs when its "
+                "`.grad` is there (`register_post_accumulate_grad_hook`), which in JAX never is. Remove the hook, and "
+                "have optax do what it does."
+            )
+        if backend != "torch" and hooks_of(param):
+            raise ConversionError(
+                f"{where}: expected gradients without hooks, which JAX computes without torch, got a parameter with a "
+                'hook (`register_hook`). Remove it, and change the gradient in JAX, or use `backend="torch"`, which '
+                "calls it."
+            )
 
 
 def _check_tensors(name: str, module: nn.Module) -> None:

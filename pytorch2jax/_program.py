@@ -269,9 +269,8 @@ class Program(abc.ABC):
     def _wanted_batching(self) -> Batching | None:
         """How batches have to be evaluated, if it is not for torch to say."""
         if self.root.batching is None and self.root.asks and self.order:
-            self._tell_about_loop(
-                Batching.LOOP, "it asks whether a tensor requires a gradient, which torch.vmap denies"
-            )
+            reason = "it asks whether a tensor requires a gradient, or hooks one, which torch.vmap denies"
+            self._tell_about_loop(Batching.LOOP, reason)
             return Batching.LOOP
         return self.root.batching
 
@@ -316,6 +315,7 @@ class RootProgram(Program):
     forward_mode_errs: bool = False  # torch's forward mode is wrong for it, without an error
     asks: bool = False  # whether tensors require a gradient, which torch.vmap denies
     hand_written: bool = True  # has a backward of the user's, which may look at parameters as objects
+    has_hooks: bool = False  # on gradients
     recorded_too: tuple[int, ...] = ()  # inputs that require gradients whenever one of them does
     shares_tensors: bool = False  # does nothing to its input tensors, as objects, that would outlast a call
     state: TorchState  # what surrounds each call

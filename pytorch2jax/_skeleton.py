@@ -49,6 +49,8 @@ class Skeleton:
             for leaf, placeholder in zip(leaves, self._placeholders, strict=True)
         ]
         self._first_slots = [(*slots.place(leaf.slots[0]), leaf.slots[0].name) for leaf in leaves]
+        self._hooks = [(i, hooks) for i, t in enumerate(self._placeholders) if (hooks := _taken_hooks(t))]
+        self.has_hooks = bool(self._hooks)
         self._attributes = [(i, found) for i, t in enumerate(self._placeholders) if (found := _own_attributes(t))]
         # Buffers that a caller does not pass keep these values; parameters are always passed.
         self._held = [
@@ -86,6 +88,8 @@ class Skeleton:
         self._values.tensors = own
         for index, attributes in self._attributes:
             vars(own[index]).update(attributes)
+        for index, hooks in self._hooks:
+            _register(hooks, own[index])
         for tables, tensor in zip(self._tables, own, strict=True):
             for table, name in tables:
                 table[name] = tensor
@@ -153,6 +157,7 @@ class Skeleton:
 
     def surroundings(self) -> Surroundings:
         return Surroundings(
+            has_hooks=self.has_hooks,
             n_own=len(self._tables),
             left_behind=self._left_behind,
             put_back=self._put_back,
@@ -227,6 +232,8 @@ def _copy_without(
                 _copy_slots(new, old, memo)
             for placeholder, tensor in zip(placeholders, tensors, strict=True):
                 vars(placeholder).update(copy.deepcopy(_own_attributes(tensor), memo))
+                if hooks := hooks_of(tensor):
+                    setattr(placeholder, _HOOKS, [copy.deepcopy(hook, memo) for hook in hooks])
             return duplicate, non_leaves.copies
     except Exception as error:
         raise ConversionError(
@@ -248,6 +255,27 @@ def _copy_slots(new: nn.Module, old: nn.Module, memo: dict[int, Any]) -> None:
             descriptor = vars(cls).get(name)  # by its mangled name it would be another one's
             if inspect.ismemberdescriptor(descriptor) and hasattr(old, name):
                 descriptor.__set__(new, copy.deepcopy(descriptor.__get__(old), memo))
+
+
+_HOOKS = "_pytorch2jax_hooks"
+
+
+def hooks_of(tensor: torch.Tensor) -> list[Any]:
+    """What `register_hook` has registered on a tensor."""
+    return list((tensor._backward_hooks or {}).values())
+
+
+def _taken_hooks(placeholder: torch.Tensor) -> list[Any]:
+    hooks: list[Any] = vars(placeholder).pop(_HOOKS, [])
+    return hooks
+
+
+def _register(hooks: list[Any], tensor: torch.Tensor) -> None:
+    """Have hooks act on the gradient of a tensor of a call, once."""
+    if tensor.requires_grad and not hasattr(tensor, _HOOKS):
+        setattr(tensor, _HOOKS, hooks)
+        for hook in hooks:
+            tensor.register_hook(hook)
 
 
 def _own_attributes(tensor: torch.Tensor) -> dict[str, Any]:

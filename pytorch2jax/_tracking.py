@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from pytorch2jax._destination import Maker
 from pytorch2jax._errors import RandomnessError
@@ -241,6 +242,7 @@ class Exposure(TorchFunctionMode):
     marks: something is done to tensors as objects: their flags, their gradients, what they point to.
     asks: somebody wants to know whether a tensor requires a gradient.
     copies: `copy.deepcopy` of a tensor.
+    hooks: a hook is registered on a tensor.
     """
 
     _ASKING = vars(torch._C.TensorBase)["requires_grad"].__get__
@@ -269,6 +271,7 @@ class Exposure(TorchFunctionMode):
         self.marks = False
         self.asks = False
         self.copies = False
+        self.hooks = False
         self._out: set[int] = set()
 
     def outputs_among(self, tensors: Sequence[torch.Tensor]) -> frozenset[int]:
@@ -284,6 +287,9 @@ class Exposure(TorchFunctionMode):
             self.asks = True
         if func is _CHUNKED_LOSS and kwargs and kwargs.get("options") and kwargs.get("reduction") != "none":
             self.asks = True
+        if func is torch.Tensor.register_hook:
+            self.hooks = True
+            return _hook(*args, **(kwargs or {}))
         if func is torch.Tensor.__deepcopy__:
             self.copies = True
         if is_turning_grad_off(func, args):
@@ -291,6 +297,17 @@ class Exposure(TorchFunctionMode):
         if kwargs and "out" in kwargs:
             self._out.update(map(_storage, _tensors(kwargs["out"])))
         return func(*args, **(kwargs or {}))
+
+
+class WithoutVainHooks(TorchFunctionMode):
+    """Within this context, hooks on tensors that do not require gradients, which torch refuses, are never called."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (_hook if func is torch.Tensor.register_hook else func)(*args, **(kwargs or {}))
+
+
+def _hook(tensor: torch.Tensor, hook: Any) -> Any:
+    return tensor.register_hook(hook) if tensor.requires_grad else RemovableHandle(collections.OrderedDict())
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -24,7 +24,7 @@ import torch
 from pytorch2jax._composite import CompositeScatter
 from pytorch2jax._dtypes import dtype_j2t, is_inexact
 from pytorch2jax._errors import OutputMismatchError, UnsupportedTransformError
-from pytorch2jax._hand_written import any_direction
+from pytorch2jax._hand_written import any_direction, check_linear
 from pytorch2jax._inference import Spec
 from pytorch2jax._internals import GradientEdge, flat_vmap, load_forward_mode, run_backward
 from pytorch2jax._program import Around, Batching, Program, RootProgram, Style, Tensors
@@ -94,9 +94,12 @@ class Derived(Program):
         """
         before, _RECORDING.program = _RECORDING.program, self
         try:
-            return gradients(outputs, inputs, cotangents, create_graph=True)
+            pulled = gradients(outputs, inputs, cotangents, create_graph=True)
         finally:
             _RECORDING.program = before
+        if self.root.has_hooks:
+            check_linear(f"{self.describe()}: a backward pass with hooks on its gradients", cotangents, pulled)
+        return pulled
 
 
 def inexact_outputs(program: Program) -> tuple[int, ...]:
