@@ -306,7 +306,7 @@ def test_tangents_of_constants_do_not_matter_where_derivatives_are_infinite():
         return jax.jvp(pytorch2jax.torch2jax(fn, backend="xla"), (x,), (tangent,))[1]
 
     np.testing.assert_array_equal(slope(lambda x: torch.hypot(x, torch.tensor([INF, 1.0]))), [0.0, 0.0])
-    loss = slope(lambda x: F.binary_cross_entropy(x, torch.tensor([1.0, 0.0]), reduction="none"))
+    loss = slope(lambda x: F.binary_cross_entropy(x, torch.tensor([1.0, 0.0]).to(x), reduction="none"))
     np.testing.assert_array_equal(loss, [0.0, 0.0])
 
 

@@ -17,6 +17,7 @@ from pytorch2jax._internals import fake_tensor_mode, is_functorch_active, operat
 from pytorch2jax._torch_state import differentiable_kernels, forked_generators
 from pytorch2jax.xla._control_flow import handlers
 from pytorch2jax.xla._decompositions import DETACHING, FUNCTIONS, batch_norm_with_cumulative_average
+from pytorch2jax.xla._dtype_rules import NoKernelError
 from pytorch2jax.xla._graph import Graph, pruned
 from pytorch2jax.xla._hand_written import record_function
 from pytorch2jax.xla._hooks import HOOKS, refused, refusing_module_hooks
@@ -103,6 +104,11 @@ def _not_captured(name: str, error: Exception) -> CaptureError:
     own = [f for f in frames if not any(Path(f.filename).is_relative_to(p) for p in (_TORCH, _OURS))]
     where = f" at {own[-1].filename}:{own[-1].lineno} (`{own[-1].line}`)" if own else ""
     reason = str(error).strip().split("\n")[0]
+    if isinstance(error, NoKernelError):
+        return CaptureError(
+            f"{name}: expected dtypes that torch has a kernel for, got others{where}: {reason}. Convert an argument "
+            "(`x.to(dtype)`)."
+        )
     if any("distributions" in Path(f.filename).parts for f in frames):
         reason += " Distributions look at their arguments unless they are made with `validate_args=False`."
     return CaptureError(

@@ -12,6 +12,7 @@ import torch
 from torch._ops import OpOverload
 from torch.nn.modules import module as modules
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pytorch2jax._internals import is_fake, torch_pytree
 
@@ -156,6 +157,13 @@ def is_followed_by_autograd(tree: Any) -> bool:
             return True
         nodes += [following for following, _ in node.next_functions if following is not None]
     return False
+
+
+@contextlib.contextmanager
+def outside_of_modes() -> Iterator[None]:
+    """Without the modes that watch operators or make fake tensors of them, and without the levels of `torch.func`."""
+    with _disable_current_modes(), torch._C._DisableFuncTorch(), torch._C._DisableTorchDispatch():
+        yield
 
 
 _PATCH_OF_BATCH_NORM = threading.Lock()

@@ -23,6 +23,7 @@ from pytorch2jax._internals import (
 from pytorch2jax.xla import _writes as writes
 from pytorch2jax.xla._bridged import bridged
 from pytorch2jax.xla._decompositions import OPERATORS, bmm_with_one
+from pytorch2jax.xla._dtype_rules import NoKernelError, refusal
 from pytorch2jax.xla._graph import Equation, Var, replaced
 from pytorch2jax.xla._internals import (
     OpOverload,
@@ -179,6 +180,8 @@ class Recorder(TorchDispatchMode):
             )
         if not isinstance(func, OpOverload) or not _computes(func):
             return func(*args, **kwargs)
+        if not self._apart:
+            self._check_dtypes(func, args, kwargs)
         if func is aten.native_batch_norm.default:
             return writes.batch_norm(self, *args, **kwargs)
         if func._schema.is_mutable:
@@ -191,6 +194,11 @@ class Recorder(TorchDispatchMode):
             if out is not NotImplemented:
                 return out
         return self.record(func, args, kwargs)
+
+    def _check_dtypes(self, func: OpOverload, args: Any, kwargs: Any) -> None:
+        said = refusal(func, args, kwargs)
+        if said is not None:
+            raise NoKernelError(f"{func}: {said}")  # who catches it says where
 
     def _taken_apart(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         whole = OPERATORS.get(func) or decomposition(func)

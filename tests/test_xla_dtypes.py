@@ -1,0 +1,134 @@
+"""Dtypes for which torch has no kernel: the second engine refuses what torch refuses, and nothing else."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pytorch2jax import CaptureError, convert_pytnn_to_jax, t2j, torch2jax
+
+DTYPES = [
+    torch.bool, torch.uint8, torch.int32, torch.int64, torch.bfloat16, torch.float32, torch.float64, torch.complex64,
+]  # fmt: skip
+
+
+def _decomposed(x, y):
+    return torch.addcmul(x, y, y)
+
+
+INDEX = torch.tensor([1, 0])
+PAIRS = {
+    "matmul": torch.matmul,
+    "mv": lambda x, y: x.mv(y[0]),
+    "bmm": lambda x, y: x[None].bmm(y[None]),
+    "addmm": lambda x, y: torch.addmm(x, x, y),
+    "einsum": lambda x, y: torch.einsum("ij,kj->ik", x, y),
+    "linear": lambda x, y: F.linear(x, y),
+    "conv1d": lambda x, y: F.conv1d(x[None], y[:, :, None]),
+    "index_add": lambda x, y: x.index_add(0, INDEX, y),
+    "index_copy": lambda x, y: x.index_copy(0, INDEX, y),
+    "index_put": lambda x, y: x.index_put((INDEX,), y),
+    "scatter": lambda x, y: x.scatter(0, INDEX[None].expand(2, 2), y),
+    "copy in place": lambda x, y: x.clone().copy_(y),
+    "add in place": lambda x, y: x.clone().add_(y),
+    "add": torch.add,
+    "sub": torch.sub,
+    "true_divide": torch.true_divide,
+    "floor_divide": lambda x, y: torch.floor_divide(x, y + y + 1 if y.dtype is not torch.bool else ~y | y),
+    "maximum": torch.maximum,
+    "where": lambda x, y: torch.where(INDEX > 0, x, y),
+    "cat": lambda x, y: torch.cat([x, y]),
+    "cross_entropy": lambda x, y: F.cross_entropy(x, y[0] * 0),
+    "mse_loss": F.mse_loss,
+    "binary_cross_entropy": lambda x, y: F.binary_cross_entropy(x, y),
+    "embedding": lambda x, y: F.embedding(x, y),
+    "atan2": torch.atan2,
+    "layer_norm": lambda x, y: F.layer_norm(x, (2,), y[0]),
+    "addcmul": _decomposed,
+}
+UNARY = {
+    "softmax": lambda x: F.softmax(x, -1),
+    "sigmoid": torch.sigmoid,
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "cumsum": lambda x: x.cumsum(0),
+    "amax": lambda x: x.amax(0),
+    "sort": lambda x: x.sort()[0],
+    "neg": torch.neg,
+    "mean": torch.mean,
+    "var": torch.var,
+    "det": torch.linalg.det,
+    "avg_pool": lambda x: F.avg_pool1d(x[None], 2),
+    "interpolate": lambda x: F.interpolate(x[None, None], scale_factor=2),
+    "pad": lambda x: F.pad(x, (1, 1), mode="reflect"),
+}
+
+
+def outcome(call):
+    try:
+        return call()
+    except (RuntimeError, IndexError, TypeError, ValueError):
+        return None
+
+
+def agrees(fn, *tensors):
+    """Nothing, or what is wrong."""
+    expected = outcome(lambda: fn(*(t.clone() for t in tensors)))
+    found = outcome(lambda: torch2jax(fn, backend="xla")(*(t2j(t, copy=True) for t in tensors)))
+    if (expected is None) != (found is None):
+        return f"torch {'refuses' if expected is None else 'computes'} it"
+    if expected is None:
+        return None
+    if str(found.dtype) != str(expected.dtype).removeprefix("torch."):
+        return f"{found.dtype} for {expected.dtype}"
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    return (
+        None if np.allclose(np.asarray(found), expected.to(wide).numpy(), rtol=0.02, equal_nan=True) else "wrong values"
+    )
+
+
+REFUSED = {("cross_entropy", torch.uint8)}
+"""Classes in bytes, which torch's own decomposition takes for no indices: an error, no value."""
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs_of_dtypes(name):
+    wrong = {}
+    for left, right in itertools.product(DTYPES, DTYPES):
+        tensors = torch.tensor([[1, 0], [1, 1]]).to(left), torch.tensor([[1, 1], [0, 1]]).to(right)
+        said = agrees(PAIRS[name], *tensors)
+        if said and not (said == "torch computes it" and (name, right) in REFUSED):
+            wrong[left, right] = said
+    assert not wrong
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", UNARY)
+def test_dtypes(name):
+    assert not {d: said for d in DTYPES if (said := agrees(UNARY[name], torch.tensor([[1, 0], [1, 1]]).to(d)))}
+
+
+def test_large_arguments_are_not_computed_for_the_question():
+    x, y = jnp.ones((4000, 4000), jnp.int32), jnp.ones((4000, 4000), jnp.float32)
+    with pytest.raises(CaptureError, match=r"aten\.mm\.default: .*same dtype"):
+        torch2jax(torch.matmul, backend="xla")(x, y)
+
+
+def test_the_message_has_the_line_and_what_torch_says():
+    apply, params = convert_pytnn_to_jax(nn.Linear(3, 3), backend="xla")
+    with pytest.raises(CaptureError, match=r"(?s)Linear: expected dtypes .*Byte and Float.*x\.to\(dtype\)"):
+        apply(params, jnp.ones((2, 3), jnp.uint8))
+
+    def fn(x, y):
+        return x @ y  # here
+
+    with pytest.raises(CaptureError, match="test_xla_dtypes.py:.*# here"):
+        jax.jit(torch2jax(fn, backend="xla"))(jnp.ones((2, 2), jnp.bfloat16), jnp.ones((2, 2), jnp.float32))
