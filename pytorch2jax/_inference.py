@@ -20,8 +20,9 @@ from pytorch2jax._autograd_functions import NoticedFunctions, noticed_functions
 from pytorch2jax._control_flow import RUN, TRIED, Noticed
 from pytorch2jax._destination import Maker
 from pytorch2jax._dtypes import canonical_dtype_t2j, dtype_j2t
-from pytorch2jax._errors import InferenceError, LeafTypeError, Pytorch2JaxError, StateError
+from pytorch2jax._errors import CaptureError, InferenceError, LeafTypeError, Pytorch2JaxError, StateError
 from pytorch2jax._internals import fake_tensor_mode, operators_on_functions
+from pytorch2jax._questions import Question, QuestionsAsked
 from pytorch2jax._torch_state import differentiable_kernels, forked_generators, host_generators
 from pytorch2jax._tracking import Exposure, Tracker, forget
 from pytorch2jax._trees import CONSTANTS, OutputTree, flatten_output, output_paths, static_outputs
@@ -102,6 +103,7 @@ class Surroundings(NamedTuple):
     """What a function has besides its arguments.
 
     has_hooks: whether its own tensors have hooks on their gradients.
+    translates: whether it is to be translated to JAX.
     n_own: how many of its inputs, the first ones, are its own tensors.
     left_behind: tells which tensors a run has left in its attributes, and where.
     put_back: undoes that.
@@ -111,6 +113,7 @@ class Surroundings(NamedTuple):
     """
 
     has_hooks: bool = False
+    translates: bool = False
     n_own: int = 0
     left_behind: Callable[[], list[tuple[str, torch.Tensor]]] = list
     put_back: Callable[[], None] = lambda: None
@@ -143,15 +146,17 @@ def infer(
     """
     with torch.inference_mode(False), forked_generators(host=True):
         try:
-            inferred, tracker = _infer_fake(name, call, inputs, device, around)
-            reason = "tensors that it keeps"
+            inferred, tracker, asks_for_types = _infer_fake(name, call, inputs, device, around)
+            reason = "it asks for types of tensors" if asks_for_types else "tensors that it keeps"
         except Pytorch2JaxError:
             raise
         except Exception as error:
-            inferred, tracker, reason = None, None, type(error).__name__
+            inferred, tracker, asks_for_types, reason = None, None, False, type(error).__name__
         around.put_back()
-        if tracker is not None and inferred is not None and not _forget_survivors(name, tracker):
-            return inferred
+        if tracker is not None and inferred is not None:
+            kept = _forget_survivors(name, tracker)
+            if not (kept or asks_for_types):
+                return inferred
         try:
             return _infer_real(name, call, inputs, values(), around)
         except Pytorch2JaxError:
@@ -167,16 +172,18 @@ def infer(
 
 def _infer_fake(
     name: str, call: FlatCall, inputs: Sequence[TensorSpec], device: torch.device, around: Surroundings
-) -> tuple[Inferred, Tracker]:
+) -> tuple[Inferred, Tracker, bool]:
     host = host_generators()
     exposure = Exposure()
     with differentiable_kernels(), fake_tensor_mode():
         tensors = [torch.empty(s.shape, dtype=s.dtype, device=device) for s in inputs]
         tracker = Tracker(tensors, tensors[around.n_own :])
         noticed = Noticed(TRIED)
-        with tracker, operators_on_functions(noticed), noticed_functions() as functions:
+        with tracker, operators_on_functions(noticed), noticed_functions() as functions, QuestionsAsked() as asked:
             result, needs_grad = run_without_graph(call, tensors, exposure)
             inferred = _conclude(name, result, tensors, tracker)._replace(needs_grad=needs_grad)
+        questions = asked.found()
+        _check_questions(name, around, questions)
         kept = [(where, tensor) for where, tensor in around.left_behind() if tracker.is_derived(tensor)]
         if kept:
             _check_not_read(name, call, inputs, device, kept)
@@ -185,7 +192,7 @@ def _infer_fake(
     written = frozenset(range(len(inputs))) if exposure.happened else exposure.outputs_among(tensors)
     inferred = inferred._replace(written=inferred.written | written)
     inferred = _with_functions(inferred, functions)
-    return _with_host_randomness(inferred, host), tracker
+    return _with_host_randomness(inferred, host), tracker, bool(questions)
 
 
 def _noticed(
@@ -207,6 +214,17 @@ def _noticed(
 def _with_functions(inferred: Inferred, functions: NoticedFunctions) -> Inferred:
     classes = [cls for cls in functions.classes if cls.__module__ != torch.utils.checkpoint.__name__]
     return inferred._replace(hand_written=bool(classes), runs_others=functions.run_others and bool(classes))
+
+
+def _check_questions(name: str, around: Surroundings, questions: Sequence[Question]) -> None:
+    for question in questions:
+        if around.translates or (question.of_parameters and around.n_own):
+            kind = "nn.Parameter" if question.of_parameters else "torch.Tensor"
+            way_out = "" if question.of_parameters else ', or use `backend="torch"`, where they are'
+            raise CaptureError(
+                f"{name}: asks at {question.where} whether a type is exactly {kind}, which those of JAX's tensors are "
+                f"not. Ask `isinstance(x, {kind})`{way_out}."
+            )
 
 
 def _check_foreign(name: str, around: Surroundings, tracker: Tracker) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -49,6 +50,8 @@ class Skeleton:
             for leaf, placeholder in zip(leaves, self._placeholders, strict=True)
         ]
         self._first_slots = [(*slots.place(leaf.slots[0]), leaf.slots[0].name) for leaf in leaves]
+        self._params = [i for i, t in enumerate(tensors) if isinstance(t, nn.Parameter)]
+        self._is_param: _IsParam | None = None  # while nobody has asked
         self._hooks = [(i, hooks) for i, t in enumerate(self._placeholders) if (hooks := _taken_hooks(t))]
         self.has_hooks = bool(self._hooks)
         self._attributes = [(i, found) for i, t in enumerate(self._placeholders) if (found := _own_attributes(t))]
@@ -88,6 +91,9 @@ class Skeleton:
         self._values.tensors = own
         for index, attributes in self._attributes:
             vars(own[index]).update(attributes)
+        if self._is_param is not None:
+            for index in self._params:
+                own[index]._is_param = self._is_param
         for index, hooks in self._hooks:
             _register(hooks, own[index])
         for tables, tensor in zip(self._tables, own, strict=True):
@@ -139,9 +145,11 @@ class Skeleton:
         """Find out which plain attributes and containers `forward` changes, to put them back after each call."""
         self._snapshot = Snapshot(self._module)
         before = {id(module) for module in self._module.modules()}
+        marked, self._is_param = self._is_param, _IsParam()
         try:
             yield
         finally:
+            self._is_param = self._is_param if self._is_param.asked else marked
             self._learn()
             self._snapshot = None
         made = [name for name, m in self._module.named_modules() if id(m) not in before and any(_tensors_of(m))]
@@ -201,6 +209,21 @@ def _overrides_mode(module: nn.Module) -> bool:
 
 def _training_flags(module: nn.Module) -> list[tuple[nn.Module, bool]]:
     return [(m, m.training) for m in module.modules() if hasattr(m, "training")]  # frozen TorchScript has none
+
+
+class _IsParam:
+    """What `isinstance(tensor, nn.Parameter)` looks at: true, and whether anybody has asked.
+
+    Attributes of modules are set as if tensors were none: torch takes no parameter there that is made of another one.
+    """
+
+    asked = False
+
+    def __bool__(self) -> bool:
+        if sys._getframe(1).f_code is nn.Module.__setattr__.__code__:
+            return False
+        self.asked = True
+        return True
 
 
 class _DeepcopyNonLeaves(TorchFunctionMode):

@@ -1,0 +1,71 @@
+"""Which type a tensor is of: what a function sees is of torch's own types, or the question is refused."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from pytorch2jax import CaptureError, convert_pytnn_to_jax, torch2jax
+
+QUESTIONS = {
+    "==": lambda x: x * 2 if type(x) == torch.Tensor else x.sum(),  # noqa: E721
+    "is": lambda x: x * 2 if type(x) is Tensor else x.sum(),
+    "is not": lambda x: x.sum() if type(x) is not Tensor else x * 2,
+    "in": lambda x: x * 2 if type(x) in (torch.Tensor, nn.Parameter) else x.sum(),
+    "the other way round": lambda x: x * 2 if torch.Tensor is type(x) else x.sum(),
+    "__class__": lambda x: x * 2 if x.__class__ is torch.Tensor else x.sum(),
+    "an intermediate value": lambda x: x * 2 if type(x.sin().cos()) is torch.Tensor else x.sum(),
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_exact_types_of_tensors(question):
+    f, x = torch2jax(lambda x: QUESTIONS[question](x)), jnp.arange(3.0)
+    for call in (f, jax.jit(f)):
+        np.testing.assert_array_equal(call(x), 2 * x)
+    np.testing.assert_array_equal(jax.grad(lambda x: f(x).sum())(x), [2.0, 2.0, 2.0])
+    with pytest.raises(CaptureError, match=r"test_questions\.py:\d+ whether a type is exactly torch\.Tensor"):
+        torch2jax(lambda x: QUESTIONS[question](x), backend="xla")(x)
+
+
+@pytest.mark.parametrize("backend", ["torch", "xla"])
+def test_other_types_may_be_asked_for(backend):
+    def fn(x, how="a"):
+        if type(how) is str and isinstance(x, torch.Tensor) and not isinstance(x, Parameter):
+            return x * 2
+        return x.sum()
+
+    np.testing.assert_array_equal(torch2jax(fn, backend=backend)(jnp.arange(3.0)), 2 * jnp.arange(3.0))
+
+
+class Asks(nn.Module):
+    def __init__(self, question):
+        super().__init__()
+        self.question, self.linear, self.norm = question, nn.Linear(3, 3), nn.BatchNorm1d(3)
+        self.register_buffer("scale", torch.ones(3))
+
+    def forward(self, x):
+        return self.linear(x) if self.question(self) else x.sum()
+
+
+@pytest.mark.parametrize("backend", ["torch", "xla"])
+def test_parameters_are_parameters_and_buffers_are_none(backend):
+    model = Asks(lambda m: isinstance(m.linear.weight, nn.Parameter) and not isinstance(m.scale, nn.Parameter))
+    apply, params = convert_pytnn_to_jax(model, backend=backend)
+    x = jnp.ones((2, 3), jnp.float32)
+    for call in (apply, jax.jit(apply)) * 2:
+        np.testing.assert_allclose(call(params, x), model(torch.ones(2, 3)).detach(), rtol=1e-6)
+    gradient = jax.grad(lambda params: apply(params, x).sum())(params)
+    np.testing.assert_array_equal(gradient["linear"]["bias"], [2.0, 2.0, 2.0])
+
+
+@pytest.mark.parametrize("backend", ["torch", "xla"])
+def test_exact_types_of_parameters_are_refused(backend):
+    apply, params = convert_pytnn_to_jax(Asks(lambda m: type(m.linear.weight) is Parameter), backend=backend)
+    with pytest.raises(CaptureError, match=r"exactly nn\.Parameter.*isinstance\(x, nn\.Parameter\)"):
+        apply(params, jnp.ones((2, 3), jnp.float32))
