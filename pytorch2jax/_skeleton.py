@@ -93,7 +93,7 @@ class Skeleton:
             vars(own[index]).update(attributes)
         if self._is_param is not None:
             for index in self._params:
-                own[index]._is_param = self._is_param
+                vars(own[index])["_is_param"] = self._is_param
         for index, hooks in self._hooks:
             _register(hooks, own[index])
         for tables, tensor in zip(self._tables, own, strict=True):
@@ -220,7 +220,8 @@ class _IsParam:
     asked = False
 
     def __bool__(self) -> bool:
-        if sys._getframe(1).f_code is nn.Module.__setattr__.__code__:
+        callers = (sys._getframe(1), sys._getframe(2))  # torch's `__instancecheck__` may be between
+        if any(frame.f_code is nn.Module.__setattr__.__code__ for frame in callers):
             return False
         self.asked = True
         return True
