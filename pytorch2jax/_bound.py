@@ -206,10 +206,12 @@ class BoundFunction(RootProgram):
                 self.inferred = infer(self.name, call, self._tensor_specs, values, self._what.device, around)
         self._out_dtypes = tuple(dtype_j2t(spec.dtype) for spec in self.inferred.specs)
         self._needs_grad = self.inferred.needs_grad
-        self.forward_mode_errs, self.asks = self.inferred.forward_mode_errs, self.inferred.asks or self.inferred.hooks
+        self.forward_mode_errs, self.asks = self.inferred.forward_mode_errs, self.inferred.asks
         self.hand_written, self.has_hooks = self.inferred.hand_written, self.inferred.hooks
         if self.inferred.runs_others:  # a backward may be about all of them
             self.recorded_too = tuple(i for i, spec in enumerate(self.in_specs) if is_inexact(spec.dtype))
+        self.autocasts = self.inferred.autocasts or any(enabled for enabled, _ in self.state.autocast)
+        self.forward_mode_errs |= self.autocasts  # `torch.func` ignores it
         self.shares_tensors = self.inferred.certain and not (self.inferred.marks or self.inferred.retains)
         n_own = len(self._own)
         kept = range(n_own, len(self._tensor_specs)) if self.inferred.retains else ()

@@ -22,7 +22,7 @@ from pytorch2jax._destination import Maker
 from pytorch2jax._dtypes import canonical_dtype_t2j, dtype_j2t
 from pytorch2jax._errors import CaptureError, InferenceError, LeafTypeError, Pytorch2JaxError, StateError
 from pytorch2jax._internals import fake_tensor_mode, operators_on_functions
-from pytorch2jax._questions import Question, QuestionsAsked
+from pytorch2jax._questions import CodeThatRuns, Question
 from pytorch2jax._torch_state import differentiable_kernels, forked_generators, host_generators
 from pytorch2jax._tracking import Exposure, Tracker, forget
 from pytorch2jax._trees import CONSTANTS, OutputTree, flatten_output, output_paths, static_outputs
@@ -69,6 +69,7 @@ class Inferred(NamedTuple):
     hand_written: whether it calls a `torch.autograd.Function` of the user's, whose backward may look at parameters as
         objects.
     runs_others: whether one of these is given a function or module to run.
+    autocasts: whether it turns autocast on, which `torch.vmap` ignores.
     hooks: whether it registers hooks on tensors, or its parameters have some, which act in backward passes alone.
     """
 
@@ -91,6 +92,7 @@ class Inferred(NamedTuple):
     operates_on_functions: bool = False
     hand_written: bool = True
     runs_others: bool = True
+    autocasts: bool = False
     hooks: bool = False
 
 
@@ -179,11 +181,16 @@ def _infer_fake(
         tensors = [torch.empty(s.shape, dtype=s.dtype, device=device) for s in inputs]
         tracker = Tracker(tensors, tensors[around.n_own :])
         noticed = Noticed(TRIED)
-        with tracker, operators_on_functions(noticed), noticed_functions() as functions, QuestionsAsked() as asked:
+        with tracker, operators_on_functions(noticed), noticed_functions() as functions, CodeThatRuns() as code:
             result, needs_grad = run_without_graph(call, tensors, exposure)
             inferred = _conclude(name, result, tensors, tracker)._replace(needs_grad=needs_grad)
-        questions = asked.found()
+        questions = code.questions()
         _check_questions(name, around, questions)
+        if code.seeds and around.translates:
+            raise CaptureError(
+                f"{name}: sets the seed of torch's generator, expected one whose random numbers come from the JAX key "
+                'alone. Take the seeding out and pass keys (`rng=`), or use `backend="torch"`, where it counts.'
+            )
         kept = [(where, tensor) for where, tensor in around.left_behind() if tracker.is_derived(tensor)]
         if kept:
             _check_not_read(name, call, inputs, device, kept)
@@ -191,7 +198,7 @@ def _infer_fake(
     inferred = _noticed(inferred, around, tracker, exposure, noticed)
     written = frozenset(range(len(inputs))) if exposure.happened else exposure.outputs_among(tensors)
     inferred = inferred._replace(written=inferred.written | written)
-    inferred = _with_functions(inferred, functions)
+    inferred = _with_functions(inferred, functions)._replace(autocasts=code.autocasts)
     return _with_host_randomness(inferred, host), tracker, bool(questions)
 
 
@@ -294,10 +301,15 @@ def _infer_real(
     before, host = [t.clone() for t in tensors], host_generators()
     exposure = Exposure()
     noticed = Noticed(RUN)
-    with Tracker(tensors) as tracker, operators_on_functions(noticed), noticed_functions() as functions:
+    with (
+        Tracker(tensors) as tracker,
+        operators_on_functions(noticed),
+        noticed_functions() as functions,
+        CodeThatRuns() as code,
+    ):
         result, needs_grad = run_without_graph(call, tensors, exposure)
         inferred = _conclude(name, result, tensors, tracker)
-    inferred = _with_functions(inferred, functions)
+    inferred = _with_functions(inferred, functions)._replace(autocasts=code.autocasts)
     _check_foreign(name, around, tracker)
     inferred = _noticed(inferred, around, tracker, exposure, noticed)
     differing = {i for i, (new, old) in enumerate(zip(tensors, before, strict=True)) if not _same_bits(new, old)}

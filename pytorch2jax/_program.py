@@ -268,11 +268,21 @@ class Program(abc.ABC):
 
     def _wanted_batching(self) -> Batching | None:
         """How batches have to be evaluated, if it is not for torch to say."""
-        if self.root.batching is None and self.root.asks and self.order:
-            reason = "it asks whether a tensor requires a gradient, or hooks one, which torch.vmap denies"
+        reason = self._reason_for_loop()
+        if self.root.batching is None and reason is not None:
             self._tell_about_loop(Batching.LOOP, reason)
             return Batching.LOOP
         return self.root.batching
+
+    def _reason_for_loop(self) -> str | None:
+        """What the function does that is not the same under `torch.vmap`, if anything."""
+        if self.root.autocasts:
+            return "it uses autocast, which torch.vmap ignores"
+        if self.root.asks and self.order:
+            return "it asks whether a tensor requires a gradient, which torch.vmap denies"
+        if self.root.has_hooks and self.order:
+            return "it has hooks on gradients, which torch.vmap cannot call"
+        return None
 
     def _tell_about_loop(self, batching: Batching, reason: str) -> None:
         if batching in (Batching.FALLBACK, Batching.LOOP) and self.root.first_time("loop"):
@@ -316,6 +326,7 @@ class RootProgram(Program):
     asks: bool = False  # whether tensors require a gradient, which torch.vmap denies
     hand_written: bool = True  # has a backward of the user's, which may look at parameters as objects
     has_hooks: bool = False  # on gradients
+    autocasts: bool = False
     recorded_too: tuple[int, ...] = ()  # inputs that require gradients whenever one of them does
     shares_tensors: bool = False  # does nothing to its input tensors, as objects, that would outlast a call
     state: TorchState  # what surrounds each call

@@ -1,4 +1,4 @@
-"""Questions of a function that its trial runs answer otherwise than torch does: of which exact type a tensor is.
+"""What no mode of torch's sees of a function: after which exact types it asks, and whether it seeds generators.
 
 To `isinstance`, fake tensors and the tensors of a call are what they stand for. But `type(x) is torch.Tensor` is false
 for fake ones, and `type(weight) is nn.Parameter` for those that stand for parameters. Nobody is told of such a question
@@ -22,6 +22,9 @@ _NEAR = 12  # instructions, from the question to the comparison
 _COMPARING = frozenset({"IS_OP", "COMPARE_OP", "CONTAINS_OP"})
 
 
+_SEEDING = frozenset({"manual_seed", "seed", "set_state"})
+
+
 class Question(NamedTuple):
     """A comparison of a tensor's type.
 
@@ -33,14 +36,19 @@ class Question(NamedTuple):
     of_parameters: bool
 
 
-class QuestionsAsked:
-    """Within this context, the code that this thread runs is noted, as a profiler does."""
+class CodeThatRuns:
+    """Within this context, the code that this thread runs is noted, as a profiler does.
+
+    seeds: whether it has set the state of one of torch's generators.
+    autocasts: whether it has turned autocast on or off.
+    """
 
     def __init__(self) -> None:
+        self.seeds = self.autocasts = False
         self._codes: set[types.CodeType] = set()
         self._before: Any = None
 
-    def __enter__(self) -> QuestionsAsked:
+    def __enter__(self) -> CodeThatRuns:
         self._before = sys.getprofile()
         if self._before is None:  # else somebody measures
             sys.setprofile(self._note)
@@ -53,8 +61,12 @@ class QuestionsAsked:
     def _note(self, frame: types.FrameType, event: str, argument: Any) -> None:
         if event == "call":
             self._codes.add(frame.f_code)
+        elif event == "c_call" and argument is torch.set_autocast_enabled:
+            self.autocasts = True
+        elif event == "c_call" and argument.__name__ in _SEEDING:
+            self.seeds |= isinstance(getattr(argument, "__self__", None), torch.Generator)
 
-    def found(self) -> list[Question]:
+    def questions(self) -> list[Question]:
         """The questions in the code that ran; that of torch and jax is not looked at."""
         return [question for code in self._codes for question in _questions_in(code)]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pytorch2jax import LoopWarning, convert_pytnn_to_jax, torch2jax
+from pytorch2jax import LoopWarning, convert_pytnn_to_jax, t2j, torch2jax
 
 pytestmark = pytest.mark.usefixtures("tape")
 
@@ -196,3 +196,28 @@ def test_examples_of_a_loop_have_memory_of_their_own(axis):
     out = jax.vmap(torch2jax(scatter), in_axes=(axis, None))(batch, y)
     expected = np.stack([scatter(torch.tensor(row), torch.tensor(np.array(y))) for row in np.array(x)])
     np.testing.assert_array_equal(out, expected)
+
+
+def _ambient(layer, x):
+    return layer(x).float() ** 2
+
+
+def _inside(layer, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return _ambient(layer, x)
+
+
+@pytest.mark.filterwarnings("ignore::pytorch2jax.LoopWarning")
+@pytest.mark.parametrize("fn", [_ambient, _inside])
+def test_autocast_acts_on_batches_and_tangents(fn):
+    """`torch.vmap` and `torch.func.jvp` ignore it."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(8, 8)
+    f = torch2jax(lambda x: fn(layer, x))
+    xs = t2j(torch.randn(4, 8))
+    with torch.autocast("cpu", torch.bfloat16, enabled=fn is _ambient):
+        np.testing.assert_array_equal(jax.vmap(f)(xs), jnp.stack([f(x) for x in xs]))
+        gradient = jax.grad(lambda x: f(x).sum())
+        np.testing.assert_array_equal(jax.vmap(gradient)(xs), jnp.stack([gradient(x) for x in xs]))
+        pushed = jax.jvp(lambda x: f(x).sum(), (xs[0],), (jnp.eye(8, dtype=jnp.float32)[0],))[1]
+        np.testing.assert_allclose(pushed, gradient(xs[0])[0], rtol=1e-2)

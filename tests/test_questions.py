@@ -1,4 +1,4 @@
-"""Which type a tensor is of: what a function sees is of torch's own types, or the question is refused."""
+"""What no mode sees: which type a tensor is of, and the seeds of generators. It is as in torch, or refused."""
 
 from __future__ import annotations
 
@@ -69,3 +69,42 @@ def test_exact_types_of_parameters_are_refused(backend):
     apply, params = convert_pytnn_to_jax(Asks(lambda m: type(m.linear.weight) is Parameter), backend=backend)
     with pytest.raises(CaptureError, match=r"exactly nn\.Parameter.*isinstance\(x, nn\.Parameter\)"):
         apply(params, jnp.ones((2, 3), jnp.float32))
+
+
+def _seeds(x):
+    torch.manual_seed(3)
+    return x + torch.rand(3)
+
+
+def _seeds_for_a_while(x):
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return x + torch.rand(3)
+
+
+def _draws_again(x):
+    state = torch.get_rng_state()
+    first = torch.rand(3)
+    torch.set_rng_state(state)
+    return x + first * torch.rand(3)
+
+
+@pytest.mark.parametrize("fn", [_seeds, _seeds_for_a_while, _draws_again])
+def test_seeds_that_a_function_sets(fn):
+    f, x, key = torch2jax(fn), jnp.zeros(3, jnp.float32), jax.random.key(0)
+    if fn is _draws_again:
+        roots = f(x, rng=key) ** 0.5
+        np.testing.assert_allclose(roots, torch2jax(lambda x: x + torch.rand(3))(x, rng=key), rtol=1e-6)
+    else:
+        torch.manual_seed(3)
+        np.testing.assert_array_equal(f(x, rng=key), torch.rand(3))
+    with pytest.raises(CaptureError, match="sets the seed"):
+        torch2jax(fn, backend="xla")(x, rng=key)
+
+
+def test_what_only_looks_at_the_seed_is_translated():
+    def fn(x):
+        torch.get_rng_state()
+        return x + torch.rand(3)
+
+    assert torch2jax(fn, backend="xla")(jnp.zeros(3), rng=jax.random.key(0)).shape == (3,)
