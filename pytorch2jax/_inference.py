@@ -8,6 +8,7 @@ follow (they read values, leave torch, or are TorchScript) are run once for real
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from pytorch2jax._errors import CaptureError, InferenceError, LeafTypeError, Pyt
 from pytorch2jax._internals import fake_tensor_mode, operators_on_functions
 from pytorch2jax._questions import CodeThatRuns, Question
 from pytorch2jax._torch_state import differentiable_kernels, forked_generators, host_generators
-from pytorch2jax._tracking import Exposure, Tracker, forget
+from pytorch2jax._tracking import Exposure, Forgotten, Tracker, holders_of
 from pytorch2jax._trees import CONSTANTS, OutputTree, flatten_output, output_paths, static_outputs
 
 
@@ -57,6 +58,7 @@ class Inferred(NamedTuple):
     host_random: whether numbers come from NumPy's or Python's global generators, too.
     certain: whether every call does the same, as far as one can know: False where values decide.
     retains: whether the function keeps its arguments after the call.
+    keeps: whether it keeps these, or what it computes from them or from its own tensors.
     forward_mode_errs: whether torch's forward mode is wrong for it, without an error: because grad mode is turned off
         inside, which forward mode ignores, because of `asks`, or because of an operator.
     marks: whether it does something to tensors as objects: their flags, their gradients, what they point to.
@@ -83,6 +85,7 @@ class Inferred(NamedTuple):
     host_random: bool = False
     certain: bool = True
     retains: bool = False
+    keeps: bool = False
     forward_mode_errs: bool = False
     marks: bool = True
     asks: bool = False
@@ -156,11 +159,16 @@ def infer(
             inferred, tracker, asks_for_types, reason = None, None, False, type(error).__name__
         around.put_back()
         if tracker is not None and inferred is not None:
-            kept = _forget_survivors(name, tracker)
-            if not (kept or asks_for_types):
+            forgotten = _forget_survivors(name, tracker)
+            if not (forgotten or asks_for_types):
                 return inferred
+        else:
+            forgotten = None
         try:
-            return _infer_real(name, call, inputs, values(), around)
+            inferred = _infer_real(name, call, inputs, values, around)
+            if forgotten:
+                forgotten.close_gaps()
+            return inferred
         except Pytorch2JaxError:
             raise
         except Exception as error:
@@ -259,20 +267,20 @@ def _with_host_randomness(inferred: Inferred, before: Any) -> Inferred:
     return inferred if same else inferred._replace(random=True, host_random=True)
 
 
-def _forget_survivors(name: str, tracker: Tracker) -> bool:
-    """Whether the function has kept fake tensors, outside of its module's attributes; they are taken away."""
+def _forget_survivors(name: str, tracker: Tracker) -> Forgotten | None:
+    """The fake tensors that the function has kept outside of its module's attributes, if any; they are taken away."""
     if not (survivors := tracker.survivors()):
-        return False
-    refused = forget(survivors)
+        return None
+    forgotten = Forgotten(survivors)
     del survivors
     if tracker.survivors():
-        holders = ", ".join(sorted({t.__name__ for t in refused})) or "an unknown place"
+        holders = ", ".join(sorted({t.__name__ for t in forgotten.refused})) or "an unknown place"
         raise InferenceError(
             f"{name}: keeps tensors from one call to the next in {holders}, expected a function of its arguments. "
             "What it keeps now has no data, because shapes were being found out: make it anew, fill it by one "
             "call on torch tensors before wrapping, or keep it in a dict, where it can be found."
         )
-    return True
+    return forgotten
 
 
 def _check_not_read(
@@ -296,13 +304,18 @@ def _check_not_read(
 
 
 def _infer_real(
-    name: str, call: FlatCall, inputs: Sequence[TensorSpec], tensors: list[torch.Tensor], around: Surroundings
+    name: str,
+    call: FlatCall,
+    inputs: Sequence[TensorSpec],
+    values: Callable[[], list[torch.Tensor]],
+    around: Surroundings,
 ) -> Inferred:
+    tensors = values()
     before, host = [t.clone() for t in tensors], host_generators()
     exposure = Exposure()
     noticed = Noticed(RUN)
     with (
-        Tracker(tensors) as tracker,
+        Tracker(tensors, [t for t in tensors if not t.is_meta]) as tracker,
         operators_on_functions(noticed),
         noticed_functions() as functions,
         CodeThatRuns() as code,
@@ -320,10 +333,42 @@ def _infer_real(
         written = frozenset(range(len(tensors)))
     inferred = inferred._replace(written=frozenset(written), needs_grad=needs_grad, certain=False)
     storages = [StorageWeakRef(t.untyped_storage()) for t in tensors[around.n_own :]]
-    del result, tensors, before, tracker
+    inferred = _with_host_randomness(inferred, host)
+    del result, tensors, before
     around.put_back()
-    retains = not all(s.expired() for s in storages)
-    return _with_host_randomness(inferred._replace(retains=retains), host)
+    if kept := tracker.kept():
+        _check_not_used(name, call, values, kept)
+        around.put_back()
+        inferred = inferred._replace(keeps=True)
+    del kept
+    return inferred._replace(retains=not all(s.expired() for s in storages))
+
+
+def _check_not_used(
+    name: str, call: FlatCall, values: Callable[[], list[torch.Tensor]], kept: list[torch.Tensor]
+) -> None:
+    """Run once more, to see whether that run uses what the first one has kept somewhere."""
+    holders = [holders_of([tensor], kept) for tensor in kept]  # the run may put something else there
+    fresh = values()
+    with Tracker(fresh, [*kept, *(t for t in fresh if not t.is_meta)]) as tracker, operators_on_functions(RUN):
+        (out, _), _ = run_without_graph(call, fresh)
+    returned = [x for x in flatten_output(out, is_output_leaf)[0] if isinstance(x, torch.Tensor)]
+    used = [tracker.has_read(t) or any(map(functools.partial(_shares_memory, t), returned)) for t in kept]
+    del out, fresh, returned
+    if not any(used):
+        return
+    where = sorted({name for names, is_used in zip(holders, used, strict=True) if is_used for name in names})
+    Forgotten(tracker.kept())
+    raise StateError(
+        f"{name}: keeps what it computes from its arguments or parameters in {', '.join(where) or 'an attribute'}, and "
+        "uses it in the next call, which a function of its arguments cannot. Compute it in each call, or, where it "
+        "depends on nothing that JAX passes, compute it before."
+    )
+
+
+def _shares_memory(left: torch.Tensor, right: torch.Tensor) -> bool:
+    dense = left.layout == right.layout == torch.strided
+    return dense and left.untyped_storage()._cdata == right.untyped_storage()._cdata
 
 
 def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:

@@ -48,6 +48,7 @@ class Tracker(TorchDispatchMode):
         self._others: set[int] = set()
         self._alive: list[Any] = list(inputs)  # so that no storage gets the address of another one
         self._fakes = [weakref.ref(t) for t in inputs]
+        self._followed = [weakref.ref(t) for t in sources]
 
     def is_derived(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor was computed from the sources."""
@@ -93,6 +94,12 @@ class Tracker(TorchDispatchMode):
             alive = [ref() for ref in self._fakes]
         return [t for t in alive if t is not None]
 
+    def kept(self) -> list[torch.Tensor]:
+        """The sources, and tensors computed from them, that are still there, when nothing of the run should be."""
+        self._alive.clear()
+        gc.collect()
+        return [t for ref in self._followed if (t := ref()) is not None]
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if isinstance(func, HigherOrderOperator):  # what its functions do is not seen
@@ -125,6 +132,7 @@ class Tracker(TorchDispatchMode):
         if storages & self._derived and not _is_factory(func):
             self._derived.update(map(_storage, outputs))
             self._alive += outputs
+            self._followed += [weakref.ref(t) for t in outputs]
         self._fakes += [weakref.ref(t) for t in outputs if _is_fake(t)]
 
 
@@ -136,33 +144,54 @@ def _is_fake(tensor: torch.Tensor) -> bool:
     return getattr(tensor, "fake_mode", None) is not None
 
 
-def forget(tensors: Sequence[torch.Tensor]) -> list[type]:
-    """Take tensors out of the caches that hold them: dicts, lists and `functools.lru_cache`.
+class Forgotten:
+    """Tensors that were taken out of the caches that hold them: dicts, lists and `functools.lru_cache`.
 
-    Returns:
-        The types of holders from which they could not be taken.
+    refused: the types of holders from which they could not be taken.
     """
-    refused: list[type] = []
-    for tensor in tensors:
-        _forget(tensor, {id(tensors)}, refused, depth=3)
-    return refused
 
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.refused: list[type] = []
+        self._emptied: list[tuple[Any, int, int]] = []
+        for tensor in tensors:
+            self._forget(tensor, {id(tensors)}, depth=3)
 
-def _forget(value: Any, known: set[int], refused: list[type], depth: int) -> None:
-    holders = [h for h in gc.get_referrers(value) if id(h) not in known and not isinstance(h, FrameType)]
-    for holder in holders:
-        if isinstance(holder, functools._lru_cache_wrapper):
-            holder.cache_clear()
-        elif isinstance(holder, dict) and not _is_namespace(holder):
-            for key in [k for k, v in holder.items() if v is value]:
-                del holder[key]
-        elif isinstance(holder, (list, collections.deque)):
-            for index in [i for i, v in enumerate(holder) if v is value][::-1]:
+    def _forget(self, value: Any, known: set[int], depth: int) -> None:
+        holders = [h for h in gc.get_referrers(value) if id(h) not in known and not isinstance(h, FrameType)]
+        for holder in holders:
+            if isinstance(holder, functools._lru_cache_wrapper):
+                holder.cache_clear()
+            elif isinstance(holder, dict) and not _is_namespace(holder):
+                for key in [k for k, v in holder.items() if v is value]:
+                    del holder[key]
+            elif isinstance(holder, (list, collections.deque)):
+                for index in [i for i, v in enumerate(holder) if v is value]:
+                    holder[index] = None  # the place may have been there before
+                    self._emptied.append((holder, index, len(holder)))
+            elif isinstance(holder, tuple) and depth:
+                self._forget(holder, {*known, id(holders)}, depth - 1)
+            elif type(holder).__name__ != "weakref":
+                self.refused.append(type(holder))
+
+    def close_gaps(self) -> None:
+        """After another run: where that has filled other places, the places were made for the tensors."""
+        for holder, index, length in reversed(self._emptied):
+            if len(holder) > length and holder[index] is None:
                 del holder[index]
-        elif isinstance(holder, tuple) and depth:
-            _forget(holder, {*known, id(holders)}, refused, depth - 1)
-        elif type(holder).__name__ != "weakref":
-            refused.append(type(holder))
+
+
+def holders_of(tensors: Sequence[torch.Tensor], *ours: Sequence[torch.Tensor]) -> list[str]:
+    """Who holds tensors besides lists of ours, as far as it has a name."""
+    found, known = set(), {id(tensors), *map(id, ours)}
+    for tensor in tensors:
+        for holder in gc.get_referrers(tensor):
+            if isinstance(holder, functools._lru_cache_wrapper):
+                found.add(f"the cache of `{holder.__wrapped__.__qualname__}`")
+            elif isinstance(holder, dict):
+                found |= {f"a dict, under {k!r}" for k, v in holder.items() if v is tensor}
+            elif isinstance(holder, (list, collections.deque)) and id(holder) not in known:
+                found.add(f"a {type(holder).__name__}")
+    return sorted(found)
 
 
 def _is_namespace(table: dict[Any, Any]) -> bool:

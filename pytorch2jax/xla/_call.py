@@ -41,7 +41,8 @@ def graph_of(program: BoundFunction) -> Graph:
         return Unifier(program.name, symbols, tried).graph([graph_of(p) for p in programs])
     with program.session():
         active = program.inferred.needs_grad is not False or program.inferred.asks
-        return capture(program.name, program.outputs_of, program.tensor_inputs(), active=active)
+        keeps = program.inferred.keeps
+        return capture(program.name, program.outputs_of, program.tensor_inputs(), active=active, keeps=keeps)
 
 
 def _translated(program: BoundFunction) -> Callable[..., list[Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from pytorch2jax._autograd_functions import custom_functions
 from pytorch2jax._errors import CaptureError, Pytorch2JaxError
 from pytorch2jax._internals import fake_tensor_mode, is_functorch_active, operators_on_functions
 from pytorch2jax._torch_state import differentiable_kernels, forked_generators
+from pytorch2jax._tracking import Forgotten
 from pytorch2jax.xla._control_flow import handlers
 from pytorch2jax.xla._decompositions import DETACHING, FUNCTIONS, batch_norm_with_cumulative_average
 from pytorch2jax.xla._dtype_rules import NoKernelError
@@ -29,7 +31,12 @@ Call = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
 
 
 def capture(
-    name: str, call: Call, inputs: Sequence[tuple[tuple[int, ...], torch.dtype]], *, active: bool = False
+    name: str,
+    call: Call,
+    inputs: Sequence[tuple[tuple[int, ...], torch.dtype]],
+    *,
+    active: bool = False,
+    keeps: bool = False,
 ) -> Graph:
     """The graph of a function for inputs of these shapes and dtypes.
 
@@ -38,6 +45,7 @@ def capture(
         call: flat tensors in, flat tensors out.
         inputs: shapes and dtypes of the inputs.
         active: whether they require gradients, for functions that differentiate inside.
+        keeps: whether the function keeps tensors. Those of the capture, which have no values, are taken away from it.
 
     Raises:
         CaptureError: the function does what no graph can: it depends on values, or leaves torch.
@@ -68,7 +76,13 @@ def capture(
                 raise
             except Exception as error:
                 raise _not_captured(name, error) from error
-    return Graph(tuple(taken), recorder.constants, equations, results)
+    graph = Graph(tuple(taken), recorder.constants, equations, results)
+    if keeps:
+        seen = recorder.seen()
+        del tensors, outputs, recorder
+        gc.collect()
+        Forgotten([t for ref in seen if (t := ref()) is not None])
+    return graph
 
 
 class _Instead(TorchFunctionMode):

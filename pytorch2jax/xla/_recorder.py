@@ -7,6 +7,7 @@ have one. What remains is left to the bridge.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from pytorch2jax._errors import CaptureError
 from pytorch2jax._internals import (
     HigherOrderOperator,
     TorchDispatchMode,
+    is_fake,
     is_inside_autograd_function,
 )
 from pytorch2jax.xla import _writes as writes
@@ -133,6 +135,10 @@ class Recorder(TorchDispatchMode):
             self._storages[key] = storage
         storage.add(geometry_of(tensor), var)
         self.note(tensor, var, storage)
+
+    def seen(self) -> list[weakref.ref[torch.Tensor]]:
+        """The tensors without values that have come by."""
+        return [weakref.ref(t) for t in (*self._alive, *self.arguments) if is_fake(t)]
 
     def storage_of(self, tensor: torch.Tensor) -> Storage:
         """The storage of a tensor that has been seen."""

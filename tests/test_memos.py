@@ -1,0 +1,195 @@
+"""What a function keeps from one call to the next, outside of its module: nothing of the trial runs, and no values."""
+
+from __future__ import annotations
+
+import collections
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pytorch2jax import StateError, convert_pytnn_to_jax, t2j, torch2jax
+
+BACKENDS = pytest.mark.parametrize("backend", ["torch", "xla"])
+
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3, bias=False)
+
+
+class CachedMethod(Base):
+    @functools.lru_cache  # noqa: B019
+    def transposed(self):
+        return self.linear.weight.t()
+
+    def forward(self, x):
+        return x @ self.transposed()
+
+
+class CachedInClass(Base):
+    cache: dict = {}  # noqa: RUF012
+
+    def forward(self, x):
+        if "w" not in CachedInClass.cache:
+            CachedInClass.cache["w"] = self.linear.weight * 1
+        return x @ CachedInClass.cache["w"]
+
+
+@BACKENDS
+@pytest.mark.parametrize("module", [CachedMethod, CachedInClass])
+def test_values_of_parameters_that_are_kept_are_refused(module, backend):
+    apply, params = convert_pytnn_to_jax(module(), backend=backend)
+    holder = "the cache of `CachedMethod.transposed`" if module is CachedMethod else "a dict, under 'w'"
+    for call in (apply, jax.jit(apply), apply):
+        with pytest.raises(StateError, match=f"in {holder}, and uses it in the next call"):
+            call(params, jnp.ones((2, 3), jnp.float32))
+    assert CachedInClass.cache == {}
+
+
+def memo(fn):
+    """A function of an argument and a dict, as one of the argument."""
+    cache = {}
+    return lambda x: fn(x, cache), cache
+
+
+def _by_default(x, cache):
+    return cache.setdefault("x", x) * 1
+
+
+def _once(x, cache):
+    if "y" not in cache:
+        cache["y"] = x * 2
+    return x + cache["y"]
+
+
+def _running(x, cache):
+    cache["mean"] = 0.9 * cache.get("mean", torch.zeros(3)) + 0.1 * x
+    return x - cache["mean"]
+
+
+def _returned(x, cache):
+    before = cache.get("last", x)
+    cache["last"] = x
+    return before
+
+
+@BACKENDS
+@pytest.mark.parametrize("fn", [_by_default, _once, _running, _returned])
+def test_values_of_arguments_that_are_kept_are_refused(fn, backend):
+    function, cache = memo(fn)
+    with pytest.raises(StateError, match="a dict, under '"):
+        torch2jax(function, backend=backend)(jnp.ones(3, jnp.float32))
+    assert cache == {}
+
+
+@BACKENDS
+def test_tables_that_depend_on_sizes_alone_may_be_kept(backend):
+    tables = {}
+
+    @functools.lru_cache
+    def angles(n):
+        return torch.arange(n) * 0.5
+
+    def fn(x):
+        n = x.shape[0]
+        if n not in tables:
+            tables[n] = torch.arange(n).to(x.dtype)
+        return x * tables[n] + angles(n).type_as(x)
+
+    f = torch2jax(fn, backend=backend)
+    for call in (f, jax.jit(f), f):
+        for scale in (1.0, 2.0):
+            np.testing.assert_allclose(call(jnp.full(3, scale)), scale * np.arange(3) + 0.5 * np.arange(3))
+    assert not isinstance(tables[3], torch._subclasses.FakeTensor)
+    np.testing.assert_array_equal(tables[3], [0, 1, 2])
+    np.testing.assert_array_equal(angles(3), [0, 0.5, 1])
+
+
+def into_a_slot(kept, x):
+    kept["slot"][0] = x.detach()
+
+
+def into_a_dict(kept, x):
+    kept["dict"]["last"] = x * 2
+
+
+def to_a_list(kept, x):
+    kept["list"].append(x * 1)
+
+
+def to_a_deque(kept, x):
+    kept["deque"].append(x)
+
+
+@BACKENDS
+@pytest.mark.parametrize("keep", [into_a_slot, into_a_dict, to_a_list, to_a_deque])
+def test_what_else_is_in_a_container_stays_there(keep, backend):
+    """With torch's kernels, one call leaves what it leaves in torch; a translated function does not run in a call."""
+    kept = {"slot": [None, "keep"], "dict": {"a": 1}, "list": [7], "deque": collections.deque([7])}
+    expected = {"slot": [None, "keep"], "dict": {"a": 1}, "list": [7], "deque": collections.deque([7])}
+
+    def fn(x):
+        keep(kept, x)
+        return x * 2
+
+    f = torch2jax(fn, backend=backend)
+    np.testing.assert_array_equal(f(jnp.ones(3)), [2.0, 2.0, 2.0])
+    if backend == "torch":
+        keep(expected, torch.ones(3))
+    assert kept.keys() == expected.keys()
+    for name, container in kept.items():
+        items = container.items() if isinstance(container, dict) else enumerate(container)
+        items = {k: v for k, v in items if not (backend == "xla" and v is None and name in ("list", "deque"))}
+        assert not any(isinstance(v, torch._subclasses.FakeTensor) for v in items.values())
+    assert kept["slot"][1] == "keep"
+    assert kept["dict"]["a"] == 1
+    assert kept["list"][0] == kept["deque"][0] == 7
+    if backend == "torch":
+        assert len(kept["slot"]) == 2
+        assert sum(isinstance(v, torch.Tensor) for v in (*kept["slot"], *kept["dict"].values())) == (
+            keep in (into_a_slot, into_a_dict)
+        )
+
+
+class Accumulates(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.state = torch.zeros(2, 3)
+
+    def forward(self, x):
+        self.state = self.linear(x) + self.state
+        if float(x.sum()) > 100:
+            return x
+        return self.state * 2
+
+
+class Overwrites(Accumulates):
+    def forward(self, x):
+        self.state = self.linear(x) * 2
+        if float(x.sum()) > 100:
+            return x
+        return self.state * 2
+
+
+def test_tensors_in_attributes_of_scripted_modules():
+    torch.manual_seed(0)
+    x = torch.ones(2, 3)
+    apply, params = convert_pytnn_to_jax(torch.jit.script(Accumulates()))
+    for call in (apply, jax.jit(apply)):
+        with pytest.raises(StateError, match="uses it in the next call"):
+            call(params, t2j(x))
+    model = Overwrites()
+    apply, params = convert_pytnn_to_jax(torch.jit.script(model))
+    for _ in range(3):
+        np.testing.assert_allclose(apply(params, t2j(x)), model(x).detach(), rtol=1e-6)
+        other = jax.tree.map(lambda p: 2 * p, params)
+        np.testing.assert_allclose(apply(other, t2j(x)), 2 * model(x).detach(), rtol=1e-6)
+    gradient = jax.grad(lambda p: apply(p, t2j(x)).sum())(params)
+    np.testing.assert_allclose(gradient["linear"]["bias"], [8.0, 8.0, 8.0])
