@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import operator
 import weakref
@@ -44,7 +43,7 @@ from pytorch2jax._inference import (
 from pytorch2jax._internals import is_fake, is_functorch_active, operators_on_functions
 from pytorch2jax._nesting import without_jax
 from pytorch2jax._options import Options
-from pytorch2jax._program import Around, Axes, Batching, Program, RootProgram, Style, Tensors
+from pytorch2jax._program import Around, Axes, Batching, RootProgram, Style, Tensors
 from pytorch2jax._rng import seeded
 from pytorch2jax._sharding import shardable
 from pytorch2jax._torch_state import TorchState
@@ -264,8 +263,7 @@ class BoundFunction(RootProgram):
 
     def _split(self, counts: Mapping[str, int], key: Hashable) -> BoundFunction:
         assert self.factors is not None
-        program = copy.copy(self)
-        Program.__init__(program, (*self._key, key))
+        program = self.renamed((*self._key, key))
         program.in_specs = tuple(map(_part, self.in_specs, self.factors.inputs, [counts] * len(self.in_specs)))
         program._set_dtypes()
         declared = None
@@ -297,11 +295,10 @@ class BoundFunction(RootProgram):
         """
         key = ("with_seed", size, shared)
         if key not in self._derived:
-            program = copy.copy(self)
-            Program.__init__(program, (*self._key, *key))
+            program = self.renamed((*self._key, *key))
             program._unseeded = self
             program.is_seeded = True
-            program.is_straight = False
+            program.is_straight = program.computes_in_place = False
             program.recorded_too = tuple(i + 1 for i in self.recorded_too)
             if self.factors is not None:
                 program.factors = self.factors._replace(inputs=((None,), *self.factors.inputs))
@@ -544,8 +541,7 @@ class BoundFunction(RootProgram):
             specs: its inputs.
             at_sizes: what the engine makes the program of.
         """
-        program = copy.copy(self)
-        Program.__init__(program, (*self._key, "with_sizes", specs))
+        program = self.renamed((*self._key, "with_sizes", specs))
         program.in_specs, program.at_sizes = specs, at_sizes
         return program
 

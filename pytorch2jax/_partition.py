@@ -11,6 +11,7 @@ Derivatives follow. A cotangent of `w` has no axis b: it is a sum over b, so tha
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -31,14 +32,23 @@ Bind = Callable[..., list[Any]]
 
 
 class Keeper(list[Any]):
-    """Keeps alive what an executable needs that XLA gets from Python after the executable was lowered."""
+    """Keeps alive what an executable needs that XLA gets from Python after the executable was lowered.
+
+    number: no other one's, also when this one is gone.
+    """
+
+    _numbers = itertools.count()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = next(self._numbers)
 
 
 class Shard(Derived):
     """A program as it runs on one device; what its lowering makes is kept by the executable that it is part of."""
 
     def __init__(self, base: Program, keeper: Keeper) -> None:
-        super().__init__(base, id(keeper))
+        super().__init__(base, keeper.number)
         self.in_specs, self.out_specs = base.in_specs, base.out_specs
         self.n_linear, self.constant = base.n_linear, base.constant
         self.keeper = weakref.ref(keeper)

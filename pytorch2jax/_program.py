@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import copy
 import enum
 import functools
 import math
@@ -84,6 +85,7 @@ class Factors(NamedTuple):
 
 
 _Derived = TypeVar("_Derived", bound="Program")
+_Self = TypeVar("_Self", bound="Program")
 
 _WIDE_INTS = (torch.int64, torch.uint64)
 
@@ -115,6 +117,16 @@ class Program(abc.ABC):
 
     def __init_subclass__(cls) -> None:
         hold_weakly(cls)
+
+    def renamed(self: _Self, key: tuple[Any, ...]) -> _Self:
+        """A copy under another key, to be changed: what was derived or found out of this one is not its own."""
+        program = copy.copy(self)
+        for cls in type(self).__mro__:
+            for name, value in vars(cls).items():
+                if isinstance(value, functools.cached_property):
+                    vars(program).pop(name, None)
+        Program.__init__(program, key)
+        return program
 
     def __hash__(self) -> int:
         return self._hash

@@ -14,6 +14,7 @@ import collections
 import itertools
 import os
 import threading
+import warnings
 import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -433,6 +434,17 @@ class _Saving:
         return tensor
 
 
+class _Failed(threading.local):
+    """In each thread: why the graph of the present call could not be used."""
+
+    error: Exception | None = None
+
+    def take(self) -> Exception | None:
+        """The reason, once."""
+        error, self.error = self.error, None
+        return error
+
+
 class FromTape(Derived):
     """A derivative `d(x, c)` of `f` as `(x, handle, c)`: reads the graph of `Taped(f)` where it can, else runs `d`."""
 
@@ -447,6 +459,7 @@ class FromTape(Derived):
         self.n_linear = base.n_linear
         self._is_complex = any(spec.dtype.kind == "c" for spec in (*self.in_specs, *self.out_specs))
         self._is_backward = isinstance(base, Vjp)
+        self._failed = _Failed()
         if isinstance(base, Vjp):  # where its outputs and inputs are among those of the graph
             self._of_outputs = [taped.outputs.index(i) for i in base.outputs]
             self._of_inputs = [taped.active.index(i) for i in base.active]
@@ -461,6 +474,7 @@ class FromTape(Derived):
 
     def execute(self, tensors: Sequence[torch.Tensor], buffers: Buffers | None = None) -> Tensors:
         number = number_of(tensors[self.where])
+        self._failed.take()
         entry = TAPE.take(number)
         if self._is_backward:
             if entry is None:
@@ -474,7 +488,22 @@ class FromTape(Derived):
                     if pulled is not None:
                         return pulled
             del entry
-        return self.base.execute(self.without_handle(tensors), buffers)
+        result = self.base.execute(self.without_handle(tensors), buffers)
+        error = self._failed.take()
+        if error is not None and not isinstance(error, torch.OutOfMemoryError):
+            self._give_up(error)
+        return result
+
+    def _give_up(self, error: Exception) -> None:
+        """Use no graphs any more: torch has refused one, for the computation of what it does without."""
+        self.taped.useless = True
+        if "incompatible with .grad()" not in str(error) and self.root.first_time("tape"):
+            warnings.warn(
+                f"{self.describe()}: torch could not use the graph of its forward pass ({type(error).__name__}: "
+                f"{error}). From now on each gradient of it runs the forward pass once more. The results are right.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _pull(
         self,
@@ -497,7 +526,7 @@ class FromTape(Derived):
                 pulled = gradients(outputs, [*inputs, *others], given, destinations=destinations)[: len(inputs)]
                 return conjugated(pulled) if self._is_complex else pulled
         except Exception as error:  # whatever it is: the computation without the tape meets it, too, or does without
-            self.taped.useless = not isinstance(error, torch.OutOfMemoryError)
+            self._failed.error = error.with_traceback(None)  # whose frames hold the graph
             return None
 
     def _leaves(self, entry: Entry, primals: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:

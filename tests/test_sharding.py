@@ -37,6 +37,7 @@ from pytorch2jax import (
     torch2jax,
     use_tape,
 )
+from pytorch2jax._partition import Keeper
 
 
 @pytest.mark.exhaustive
@@ -556,3 +557,23 @@ def test_out_specs_want_explicit_axes():
     with jax.set_mesh(MESH), pytest.raises(OptionError, match="expected explicit axes of the mesh, got i"):
         jax.jit(torch2jax(layer, out_specs=P("i")))(XS, WS)
     close(torch2jax(layer, out_specs=P())(X, W), jax_layer(X, W))
+
+
+def test_a_part_of_a_program_has_sizes_of_its_own():
+    """Whether it is large, and computes in place, was once found out for the whole."""
+    f = torch2jax(layer, batch_axes=(0, None))
+    x, w = jnp.ones((4096, 256)), jnp.ones((256, 256))
+    (equation,) = jax.make_jaxpr(f)(x, w).jaxpr.eqns
+    program = equation.params["program"]
+    assert program.is_large(1 << 22)
+    (factor,) = program.shardable
+    part = program.on_shards({factor: 8})
+    assert part.in_specs[0].shape == (512, 256)
+    assert not part.is_large(1 << 22)
+    assert program.computes_in_place
+    assert not part.computes_in_place
+    assert not program.with_seed(4, shared=True).computes_in_place
+
+
+def test_each_executable_has_a_keeper_of_its_own():
+    assert Keeper().number != Keeper().number  # though they may be in the same place

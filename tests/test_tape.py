@@ -295,6 +295,50 @@ def test_what_torch_refuses_is_refused():
     assert len(TAPE) == 0
 
 
+def sometimes(errors):
+    """A function whose backward raises as many errors as there are in the list, one for each call."""
+
+    class Sometimes(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            if errors:
+                raise errors.pop()
+            return grad * 2
+
+    return Sometimes.apply
+
+
+def test_an_error_in_a_backward_pass_is_no_reason_to_give_the_tape_up():
+    """Only what goes away without the tape is."""
+    runs = []
+
+    def fn(x):
+        if not isinstance(x, torch._subclasses.FakeTensor):
+            runs.append(1)
+        return apply(x)
+
+    errors = []
+    apply, f = sometimes(errors), torch2jax(fn)
+    gradient = jax.jit(jax.grad(lambda x: f(x).sum()))
+    gradient(X).block_until_ready()
+    errors += [ValueError("first"), ValueError("second")]  # with the tape, and without it
+    with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match="first"):
+        gradient(X).block_until_ready()
+    runs.clear()
+    gradient(X).block_until_ready()
+    assert len(runs) == 1
+    errors.append(RuntimeError("with the tape only"))
+    with pytest.warns(RuntimeWarning, match="could not use the graph of its forward pass .*with the tape only"):
+        np.testing.assert_array_equal(gradient(X), 2 * np.ones_like(X))
+    runs.clear()
+    gradient(X).block_until_ready()
+    assert len(runs) == 2
+
+
 class KeepsTensors(torch.autograd.Function):
     """Keeps its input where no hook of autograd's sees it."""
 
