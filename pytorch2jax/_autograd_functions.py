@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.utils._pytree as torch_pytree
 from torch.autograd.function import FunctionMeta, _SingleLevelFunction
+
+from pytorch2jax._internals import torch_pytree
 
 
 class FunctionCall(NamedTuple):

@@ -90,6 +90,10 @@ class NestingError(Pytorch2JaxError, RuntimeError):
     """JAX was called by a torch function while JAX was running that, where it could wait for itself for ever."""
 
 
+class NarrowingWarning(UserWarning):
+    """A JAX function gets 64-bit tensors of a torch program in 32 bits, and computes in 32 bits."""
+
+
 class LoopWarning(UserWarning):
     """`jax.vmap` runs a torch function once for each example because `torch.vmap` cannot batch it."""
 

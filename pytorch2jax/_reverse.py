@@ -6,6 +6,7 @@ import collections
 import functools
 import inspect
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -14,9 +15,9 @@ import jax
 import torch
 
 from pytorch2jax._dtypes import dtype_t2j
-from pytorch2jax._errors import LeafTypeError
+from pytorch2jax._errors import LeafTypeError, NarrowingWarning
 from pytorch2jax._forks import check_process
-from pytorch2jax._internals import is_differentiated, outside_of_torch_compile
+from pytorch2jax._internals import is_differentiated, outside_of_torch_compile, x64_enabled
 from pytorch2jax._jax_call import Call, has_derivatives, run
 from pytorch2jax._jax_program import FlatFunction
 from pytorch2jax._nesting import check_not_inside_torch
@@ -36,11 +37,12 @@ def jax2torch(fn: Callable[..., Any]) -> Callable[..., Any]:
             `jax.jit` can trace; it may be jitted already. It returns arrays in any JAX pytree.
 
     Returns:
-        A function of tensors in the place of arrays. NumPy arrays and JAX arrays (a `jax.random.key`) may be among
-        its arguments too, without a gradient. Other Python values (numbers, strings, None, dtypes) are static: each
-        new one compiles again. It returns tensors in the containers that `fn` returns. Gradients flow to tensors of
-        floating and complex dtypes. While `jax_enable_x64` is off, 64-bit arguments are narrowed as in `t2j`, and
-        outputs have JAX's dtypes. What `torch2jax` made of a torch function is that function again.
+        A function of tensors in the place of arrays. NumPy arrays and JAX arrays (a `jax.random.key`) may be among its
+        arguments too, without a gradient. Other Python values (numbers, strings, None, dtypes) are static: each new one
+        compiles again. It returns tensors in the containers that `fn` returns. Gradients flow to tensors of floating
+        and complex dtypes. While `jax_enable_x64` is off, 64-bit arguments are narrowed as in `t2j`, and outputs have
+        JAX's dtypes; for floating dtypes a `NarrowingWarning` says so once. What `torch2jax` made of a torch function
+        is that function again.
 
     Copies:
         None, in both directions, for contiguous tensors in 64-byte aligned memory (every freshly allocated
@@ -83,6 +85,7 @@ class JaxFunction:
         self.name = getattr(fn, "__qualname__", None) or type(fn).__name__
         self._programs: collections.OrderedDict[Hashable, FlatFunction] = collections.OrderedDict()
         self._lock = threading.Lock()
+        self._has_warned = False
 
     @outside_of_torch_compile
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -90,6 +93,15 @@ class JaxFunction:
         check_process(lambda: self.name)
         check_not_inside_torch(self.name)
         program, leaves = self._bind(args, kwargs)
+        if not self._has_warned and any(map(_is_narrowed, leaves)):
+            self._has_warned = True
+            warnings.warn(
+                f"{self.name}: gets tensors of 64-bit floating dtypes in 32 bits, because jax_enable_x64 is off, and "
+                "computes in these: `torch.autograd.gradcheck` fails for it. Call "
+                '`jax.config.update("jax_enable_x64", True)`, or pass 32-bit tensors (`x.float()`).',
+                NarrowingWarning,
+                stacklevel=2,
+            )
         call = Call(self.name, program.address)
         call.active = tuple(i for i, x in enumerate(leaves) if has_derivatives(x) and is_differentiated(x))
         outputs = run(program, call, leaves)
@@ -154,6 +166,13 @@ class JaxFunction:
 
 
 _KEPT_PROGRAMS = 256
+
+
+def _is_narrowed(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.dtype in _WIDE and not x64_enabled()
+
+
+_WIDE = frozenset({torch.float64, torch.complex128})
 
 
 # -- functions that are bridged already ----------------------------------------------------------------------

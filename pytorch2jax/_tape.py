@@ -282,7 +282,7 @@ class Taped(Derived):
         super().__init__(base, active)
         self.active = active
         self.outputs = inexact_outputs(base)
-        self.recorded = (*active, *others_recorded(self))  # the leaves of its graphs
+        self.recorded = (*active, *others_recorded(self.root, active))  # the leaves of its graphs
         # A backward that a user wrote may look into the module's slots: at what it saved, and at `.grad`, as that of a
         # leaf. There, the function is given the leaves themselves, without hooks.
         plain = self.root.hand_written

@@ -17,7 +17,7 @@ import functools
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -29,9 +29,6 @@ from pytorch2jax._inference import Spec
 from pytorch2jax._internals import GradientEdge, flat_vmap, load_forward_mode, run_backward
 from pytorch2jax._program import Around, Batching, Program, RootProgram, Style, Tensors
 from pytorch2jax._torch_state import vmap_fallback
-
-if TYPE_CHECKING:
-    from pytorch2jax._tape import Taped
 
 _INSIDE = Around(functional=True, differentiated=True)
 RECORDED = Around(functional=False, differentiated=True)
@@ -390,7 +387,8 @@ def _recorded(program: Jvp | Vjp, primals: Tensors, style: Style, *, again: bool
     """
     again = again or program.base.order > 0
     arguments = list(primals)
-    for index in (*program.active, *others_recorded(program)):
+    recorded = (*program.active, *others_recorded(program.root, program.active))
+    for index in recorded:
         primal = primals[index]
         if primal.requires_grad:
             arguments[index] = primal.view_as(primal)
@@ -399,14 +397,12 @@ def _recorded(program: Jvp | Vjp, primals: Tensors, style: Style, *, again: bool
             if again:
                 leaf.register_post_accumulate_grad_hook(_refuse_accumulation)
     outputs = program.base.run(arguments, style, RECORDED)
-    inputs = tuple(arguments[i] for i in (*program.active, *others_recorded(program)))
-    return inputs, tuple(outputs[i] for i in program.outputs)
+    return tuple(arguments[i] for i in recorded), tuple(outputs[i] for i in program.outputs)
 
 
-def others_recorded(program: Jvp | Vjp | Taped) -> tuple[int, ...]:
+def others_recorded(root: RootProgram, active: tuple[int, ...]) -> tuple[int, ...]:
     """The inputs besides the active ones with respect to which a backward pass is run, for what happens on its way."""
-    too = program.root.recorded_too
-    return tuple(i for i in too if i not in program.active) if too else ()
+    return tuple(i for i in root.recorded_too if i not in active) if root.recorded_too else ()
 
 
 def _refuse_accumulation(leaf: torch.Tensor) -> None:

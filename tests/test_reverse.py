@@ -7,6 +7,7 @@ import copy
 import gc
 import pickle
 import threading
+import warnings
 import weakref
 
 import jax
@@ -21,6 +22,7 @@ from pytorch2jax import (
     DtypeError,
     LeafTypeError,
     NarrowingError,
+    NarrowingWarning,
     jax2torch,
     py_to_jax_wrapper,
     torch2jax,
@@ -290,7 +292,8 @@ def test_dtypes():
 def test_without_x64(x32):
     f = jax2torch(lambda x, i: x * i)
     x = torch.ones(2, dtype=F64, requires_grad=True)
-    out = f(x, torch.tensor([2, 3]))
+    with pytest.warns(NarrowingWarning):
+        out = f(x, torch.tensor([2, 3]))
     assert out.dtype == torch.float32
     out.sum().backward()
     assert x.grad.dtype == F64
@@ -658,3 +661,19 @@ def test_torch_compile_of_a_whole_graph_says_that_jax_compiles_itself():
         torch.compile(_BetweenLayers(), backend="eager", fullgraph=True)(torch.ones(2, 3))
     with pytest.raises(LeafTypeError, match="JAX functions run outside of `torch.compile` and `torch.export`"):
         torch.export.export(_BetweenLayers(), (torch.ones(2, 3),))
+
+
+def test_narrowed_tensors_are_told_of_once():
+    f = jax2torch(lambda x: jnp.sin(x))
+    wide = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.autograd.gradcheck(f, wide)
+        with jax.enable_x64(False):
+            assert f(wide.float()).dtype == torch.float32
+    with jax.enable_x64(False):
+        with pytest.warns(NarrowingWarning, match=r"gradcheck.*jax_enable_x64.*x\.float\(\)"):
+            assert f(wide).dtype == torch.float32
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            f(wide)
