@@ -72,6 +72,7 @@ class Inferred(NamedTuple):
         objects.
     runs_others: whether one of these is given a function or module to run.
     autocasts: whether it turns autocast on, which `torch.vmap` ignores.
+    flattens: whether nested batches have to be one, because of an operator.
     hooks: whether it registers hooks on tensors, or its parameters have some, which act in backward passes alone.
     """
 
@@ -96,6 +97,7 @@ class Inferred(NamedTuple):
     hand_written: bool = True
     runs_others: bool = True
     autocasts: bool = False
+    flattens: bool = False
     hooks: bool = False
 
 
@@ -218,6 +220,7 @@ def _noticed(
     errs = exposure.cuts or exposure.asks or hooks or tracker.has_wrong_tangents
     return inferred._replace(
         hooks=hooks,
+        flattens=tracker.has_wrong_batches,
         forward_mode_errs=errs,
         marks=exposure.marks,
         asks=exposure.asks,

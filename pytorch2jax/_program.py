@@ -288,6 +288,8 @@ class Program(abc.ABC):
 
     def _reason_for_loop(self) -> str | None:
         """What the function does that is not the same under `torch.vmap`, if anything."""
+        if self.root.flattens and self._has_batches_apart():
+            return "it has an operator for which torch.vmap in torch.vmap is wrong"
         if self.root.autocasts:
             return "it uses autocast, which torch.vmap ignores"
         if self.root.asks and self.order:
@@ -295,6 +297,11 @@ class Program(abc.ABC):
         if self.root.has_hooks and self.order:
             return "it has hooks on gradients, which torch.vmap cannot call"
         return None
+
+    def _has_batches_apart(self) -> bool:
+        """Whether there is something else between two batch axes."""
+        batches = [index for index, program in enumerate(self.chain()) if program.batches]
+        return bool(batches) and batches[-1] - batches[0] >= len(batches)
 
     def _tell_about_loop(self, batching: Batching, reason: str) -> None:
         if batching in (Batching.FALLBACK, Batching.LOOP) and self.root.first_time("loop"):
@@ -339,6 +346,7 @@ class RootProgram(Program):
     hand_written: bool = True  # has a backward of the user's, which may look at parameters as objects
     has_hooks: bool = False  # on gradients
     autocasts: bool = False
+    flattens: bool = False  # batches of batches have to be one batch, because torch is wrong for them
     recorded_too: tuple[int, ...] = ()  # inputs that require gradients whenever one of them does
     shares_tensors: bool = False  # does nothing to its input tensors, as objects, that would outlast a call
     state: TorchState  # what surrounds each call

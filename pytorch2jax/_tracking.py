@@ -26,6 +26,7 @@ class Tracker(TorchDispatchMode):
     random: whether one of them draws random numbers.
     n_operators: how many there were.
     has_wrong_tangents: whether there was one for which torch's forward mode is wrong.
+    has_wrong_batches: whether there was one for which two levels of `torch.vmap` are wrong.
 
     Args:
         inputs: the function's tensors, to look out for writes to them.
@@ -39,6 +40,7 @@ class Tracker(TorchDispatchMode):
         self.random = False
         self.n_operators = 0
         self.has_wrong_tangents = False
+        self.has_wrong_batches = False
         self._makers: dict[int, tuple[int, Any, torch.Size]] = {}
         self._inputs = [_storage(t) for t in inputs]
         self._writers: dict[int, set[str]] = collections.defaultdict(set)
@@ -113,6 +115,8 @@ class Tracker(TorchDispatchMode):
                 )
         if func._schema.name in _WRONG_TANGENTS and _is_wrong_in_forward_mode(func, args, kwargs):
             self.has_wrong_tangents = True
+        if func._schema.name in _WRONG_BATCHES:
+            self.has_wrong_batches = True
         for value in _written_arguments(func._schema, args, kwargs):
             for tensor in value if isinstance(value, (list, tuple)) else (value,):
                 if isinstance(tensor, torch.Tensor):
@@ -248,6 +252,20 @@ _WRONG_TANGENTS = frozenset(
         "aten::scatter_reduce",
         "aten::scatter_reduce_",
         "aten::triangular_solve",
+    }
+)
+
+
+# Operators that come to `linalg_lu_solve`, themselves or in their derivatives. There, `torch.vmap` in `torch.vmap` is
+# wrong, without an error, where the factors are batched by the outer one only, and the right side by the inner one
+# (torch 2.13; `tests/test_batching.py` compares with JAX).
+_WRONG_BATCHES = frozenset(
+    {
+        "aten::_linalg_det",
+        "aten::_linalg_slogdet",
+        "aten::_linalg_solve_ex",
+        "aten::linalg_lu_solve",
+        "aten::lu_solve",
     }
 )
 

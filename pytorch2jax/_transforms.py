@@ -265,6 +265,8 @@ class Vmap(Derived):
             return tuple(torch.zeros(s.shape, dtype=dtype_j2t(s.dtype), device=device) for s in self.out_specs)
         if style.batching is Batching.DIRECT:
             return self._run_directly(tensors, style, around)
+        if style.batching is not Batching.LOOP and self.root.flattens and isinstance(self.base, Vmap):
+            return self._run_flat(tensors, style, around)
         if style.batching is not Batching.LOOP:
             inside = around._replace(functional=True)
             scatter = CompositeScatter() if torch.is_grad_enabled() else contextlib.nullcontext()
@@ -283,6 +285,30 @@ class Vmap(Derived):
             sum(column[1:], column[0]) if dim is None else torch.stack(column, dim)
             for column, dim in zip(map(list, zip(*rows, strict=True)), self.out_dims, strict=True)
         )
+
+    def _run_flat(self, tensors: Sequence[torch.Tensor], style: Style, around: Around) -> Tensors:
+        """Batches of batches as one batch, of all combinations."""
+        inner = self.base
+        assert isinstance(inner, Vmap)
+        given = []
+        for tensor, outer_dim, dim in zip(tensors, self.in_dims, inner.in_dims, strict=True):
+            if outer_dim is None and dim is None:
+                given.append(tensor)
+                continue
+            moved = tensor.unsqueeze(0) if outer_dim is None else tensor.movedim(outer_dim, 0)
+            moved = moved.unsqueeze(1) if dim is None else moved.movedim(dim + 1, 1)
+            rest = moved.shape[2:]
+            given.append(moved.expand(self.size, inner.size, *rest).reshape(self.size * inner.size, *rest))
+        in_dims = tuple(
+            None if outer is dim is None else 0 for outer, dim in zip(self.in_dims, inner.in_dims, strict=True)
+        )
+        flat = inner.base.derive(Vmap, in_dims, (0,) * len(inner.base.out_specs), self.size * inner.size)
+        results = []
+        for output, outer_dim, dim in zip(flat.run(given, style, around), self.out_dims, inner.out_dims, strict=True):
+            parts = output.unflatten(0, (self.size, inner.size))
+            parts = parts.sum(1) if dim is None else parts.movedim(1, dim + 1)
+            results.append(parts.sum(0) if outer_dim is None else parts.movedim(0, outer_dim))
+        return tuple(results)
 
     def _row(self, tensors: Sequence[torch.Tensor], index: int) -> list[torch.Tensor]:
         """The inputs of one example of a loop."""

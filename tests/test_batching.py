@@ -221,3 +221,55 @@ def test_autocast_acts_on_batches_and_tangents(fn):
         np.testing.assert_array_equal(jax.vmap(gradient)(xs), jnp.stack([gradient(x) for x in xs]))
         pushed = jax.jvp(lambda x: f(x).sum(), (xs[0],), (jnp.eye(8, dtype=jnp.float32)[0],))[1]
         np.testing.assert_allclose(pushed, gradient(xs[0])[0], rtol=1e-2)
+
+
+def _ones(a):
+    return torch.ones(a.shape[-1], dtype=a.dtype)
+
+
+SOLVERS = {
+    "solve": (lambda a: torch.linalg.solve(a, _ones(a)), lambda a: jnp.linalg.solve(a, jnp.ones(2))),
+    "solve_ex": (lambda a: torch.linalg.solve_ex(a, _ones(a))[0], lambda a: jnp.linalg.solve(a, jnp.ones(2))),
+    "tensorsolve": (lambda a: torch.linalg.tensorsolve(a, _ones(a)), lambda a: jnp.linalg.solve(a, jnp.ones(2))),
+    "lu_solve": (
+        lambda a: torch.linalg.lu_solve(*torch.linalg.lu_factor(a), _ones(a)[:, None]),
+        lambda a: jnp.linalg.solve(a, jnp.ones((2, 1))),
+    ),
+    "inv": (torch.linalg.inv, jnp.linalg.inv),
+    "det": (torch.linalg.det, jnp.linalg.det),
+    "slogdet": (lambda a: torch.linalg.slogdet(a)[1], lambda a: jnp.linalg.slogdet(a)[1]),
+    "logdet": (torch.logdet, lambda a: jnp.linalg.slogdet(a)[1]),
+}
+JACOBIANS = {
+    "jacrev": jax.jacrev,
+    "jacfwd": jax.jacfwd,
+    "hessian": jax.hessian,
+    "jacrev of jacrev": lambda f: jax.jacrev(jax.jacrev(f)),
+    "jacfwd of a batch": lambda f: jax.jacfwd(lambda a: jax.vmap(f)(jnp.stack([a, 2 * a]))),
+}
+
+
+@pytest.mark.filterwarnings("ignore::pytorch2jax.LoopWarning")
+@pytest.mark.parametrize("jacobian", JACOBIANS)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_batches_of_jacobians_of_solvers(solver, jacobian):
+    """`torch.vmap` in `torch.vmap` is wrong for them. The oracle is JAX."""
+    ours, theirs = torch2jax(SOLVERS[solver][0]), SOLVERS[solver][1]
+    a = jnp.array([[[3.0, 1.0], [0.5, 2.0]], [[4.0, 1.0], [1.0, 3.0]]])
+    once = [jax.vmap(JACOBIANS[jacobian](f)) for f in (ours, theirs)]
+    np.testing.assert_allclose(once[0](a), once[1](a), rtol=1e-9, atol=1e-11)
+    np.testing.assert_allclose(jax.jit(once[0])(a), once[1](a), rtol=1e-9, atol=1e-11)
+    several = jnp.stack([a, 2 * a, a + jnp.eye(2)])
+    np.testing.assert_allclose(jax.vmap(once[0])(several), jax.vmap(once[1])(several), rtol=1e-9, atol=1e-11)
+
+
+def test_batches_of_jacobians_of_solvers_are_one_batch():
+    calls = Counter(lambda a: torch.linalg.solve(a, _ones(a)))
+    f = torch2jax(calls)
+    a = jnp.array([[[3.0, 1.0], [0.5, 2.0]], [[4.0, 1.0], [1.0, 3.0]]])
+    jax.vmap(jax.jacrev(f))(a)
+    calls.runs = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jax.vmap(jax.jacrev(f))(a)
+    assert calls.runs <= 2  # with the tape, a forward pass and a backward pass
