@@ -35,6 +35,7 @@ from pytorch2jax._internals import (
 from pytorch2jax._nesting import refusal, refusing_jax
 from pytorch2jax._program import Program
 from pytorch2jax._threads import on_one_team
+from pytorch2jax._torch_state import flushes_subnormals, set_flushing
 
 
 def lower_on_host(context: Any, *operands: Any, program: Program) -> Any:
@@ -79,6 +80,9 @@ class _HostCall:
 
     def __call__(self, inputs: Sequence[int], outputs: Sequence[int]) -> None:
         program = self._program
+        flushing = flushes_subnormals()
+        if flushing is not program.root.flushes:
+            set_flushing(program.root.flushes)
         recording = torch.is_grad_enabled()
         with tracing_with(self._refusal):
             try:
@@ -104,6 +108,8 @@ class _HostCall:
             finally:
                 if recording:
                     set_grad_enabled(True)
+                if flushing is not program.root.flushes:
+                    set_flushing(flushing)
 
     def blank(self, outputs: Sequence[int]) -> None:
         """Fill the outputs with what ends most loops: NaN, with which no number compares, large integers, and false."""

@@ -19,7 +19,7 @@ from pytorch2jax._inference import Spec
 from pytorch2jax._internals import x64_enabled
 from pytorch2jax._options import Options
 from pytorch2jax._threads import note_team_size
-from pytorch2jax._torch_state import capture_torch_state
+from pytorch2jax._torch_state import capture_torch_state, flushes_subnormals
 from pytorch2jax._transfer import torch_device
 
 _KEPT_PROGRAMS = 256
@@ -89,7 +89,7 @@ class TorchFunction:
         note_team_size()
         state = capture_torch_state()
         device = _device(arrays) if self.options.backend == "torch" else _TRACED
-        around = (arguments.key, variant, output_key, x64_enabled(), state, device)
+        around = (arguments.key, variant, output_key, x64_enabled(), state, device, flushes_subnormals())
         program = self._recent.get((around, avals))
         if program is None:
             program = self._find(around, arrays, len(own), arguments, output_shapes)
@@ -105,12 +105,13 @@ class TorchFunction:
         if not all(isinstance(n, int) for spec in specs for n in spec.shape):
             fixed = functools.partial(self._find, around, n_own=n_own, arguments=arguments, output_shapes=output_shapes)
             return bind_symbolic(self.name, self.options.backend, specs, fixed)
-        _, variant, _, _, state, device = around
+        _, variant, _, _, state, device, flushes = around
         key = (around, specs)
         with self._lock:
             if key not in self._bound:
                 call = Call(arguments._replace(arrays=[]), n_own, variant, state, device)
                 program = BoundFunction(self, call, specs, key)
+                program.flushes = flushes
                 self._infer(program, arrays, output_shapes)
                 self._bound[key] = program
                 while len(self._bound) > _KEPT_PROGRAMS:  # a new static value for each call

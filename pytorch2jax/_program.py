@@ -349,6 +349,7 @@ class RootProgram(Program):
     flattens: bool = False  # batches of batches have to be one batch, because torch is wrong for them
     recorded_too: tuple[int, ...] = ()  # inputs that require gradients whenever one of them does
     shares_tensors: bool = False  # does nothing to its input tensors, as objects, that would outlast a call
+    flushes: bool = False  # takes subnormal numbers for zero, as the user wants torch to
     state: TorchState  # what surrounds each call
     batching: Batching | None = None  # how the user wants batches evaluated
     expands: bool = False  # what is not batched gets a batch axis of length one in direct batches

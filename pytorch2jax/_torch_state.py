@@ -93,6 +93,18 @@ def _autocast(device_type: str, enabled: bool, dtype: torch.dtype) -> Any:
     return torch.autocast(device_type, enabled=enabled, dtype=dtype)
 
 
+_SMALLEST = 5e-324
+
+
+def flushes_subnormals() -> bool:
+    """Whether the calling thread takes subnormal numbers for zero, as XLA's threads do, and torch's do not."""
+    return _SMALLEST * 1.0 == 0.0
+
+
+set_flushing: Callable[[bool], bool] = torch.set_flush_denormal
+"""Has the calling thread do so, or not; and the threads that it starts from then on."""
+
+
 # Torch's default generators are global: two threads that seed and draw at once would mix their numbers.
 GENERATORS = threading.RLock()
 

@@ -27,6 +27,7 @@ from pytorch2jax import (
     _ffi,
     _function,
     convert_pytnn_to_jax,
+    t2j,
     torch2jax,
     use_tape,
 )
@@ -675,3 +676,29 @@ def test_calls_without_results_run():
         jax.jit(f)(jnp.array([1, 0, 2]))
     assert jax.jit(f)(jnp.zeros(3, jnp.int64)).shape == (0, 1)
     assert jax.jit(torch2jax(lambda x: x[:0]))(jnp.ones(3)).shape == (0,)
+
+
+@pytest.mark.parametrize("n", [4, 1 << 22])
+def test_subnormal_numbers_are_not_taken_for_zero(n):
+    """XLA's threads do so, and the threads that torch starts from them did after that."""
+    f = torch2jax(lambda x: torch.sign(x) + torch.log(x))
+    x = torch.full((n,), 1e-40)
+    expected = np.full(n, float(1 + np.log(np.float64(1e-40))), np.float32)
+    for call in (f, jax.jit(f), lambda x: jax.vmap(f)(x[None])[0]):
+        np.testing.assert_allclose(call(t2j(x)), expected, rtol=1e-5)
+    gradient = jax.jit(jax.grad(lambda x: (f(x) * 1e-20).sum()))
+    np.testing.assert_allclose(gradient(t2j(x * 100)), 1e18, rtol=1e-4)
+    assert (torch.sign(x) == 1).all()
+    assert jnp.sign(t2j(x))[0] == 0  # JAX's own functions go on as before
+
+
+def test_subnormal_numbers_are_taken_for_zero_where_the_user_wants_it():
+    f, x = torch2jax(torch.sign), jnp.full(4, 1e-40, jnp.float32)
+    assert torch.set_flush_denormal(True)
+    try:
+        np.testing.assert_array_equal(jax.jit(f)(x), 0)
+        np.testing.assert_array_equal(f(x), 0)
+    finally:
+        torch.set_flush_denormal(False)
+    np.testing.assert_array_equal(jax.jit(lambda x: f(x))(x), 1)
+    np.testing.assert_array_equal(f(x), 1)
