@@ -34,7 +34,12 @@ class TorchState(NamedTuple):
     deterministic: tuple[bool, bool]
 
     def is_current(self) -> bool:
-        """Whether the calling thread has this state already."""
+        """Whether the calling thread has this state already, and keeps it."""
+        if _GLOBALS.may_change:
+            return False
+        return self._is_here()
+
+    def _is_here(self) -> bool:
         if is_any_autocast_enabled() or self.autocast[0][0] or self.autocast[1][0]:
             for device_type, (enabled, dtype) in zip(_DEVICE_TYPES, self.autocast, strict=True):
                 if torch.is_autocast_enabled(device_type) is not enabled:
@@ -48,12 +53,10 @@ class TorchState(NamedTuple):
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Run the body under this state."""
-        current = capture_torch_state()
         with contextlib.ExitStack() as stack:
             for device_type, (enabled, dtype) in zip(_DEVICE_TYPES, self.autocast, strict=True):
                 stack.enter_context(_autocast(device_type, enabled, dtype))
-            stack.callback(_set_globals, current)
-            _set_globals(self)
+            stack.enter_context(_GLOBALS.applied(self.default_dtype, self.deterministic))
             yield
 
 
@@ -61,7 +64,7 @@ def capture_torch_state() -> TorchState:
     """The ambient state of the calling thread."""
     global _last
     state = _last
-    if state is None or not state.is_current():
+    if state is None or _GLOBALS.may_change or not state._is_here():
         _last = state = _captured()
     return state
 
@@ -72,8 +75,7 @@ _last: TorchState | None = None  # most often it is what it was
 def _captured() -> TorchState:
     return TorchState(
         tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _DEVICE_TYPES),
-        torch.get_default_dtype(),
-        _deterministic(),
+        *_GLOBALS.ambient(),
     )
 
 
@@ -81,10 +83,84 @@ def _deterministic() -> tuple[bool, bool]:
     return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
-def _set_globals(state: TorchState) -> None:
-    torch.set_default_dtype(state.default_dtype)
-    enabled, warn_only = state.deterministic
-    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+class _Globals:
+    """Torch's settings for the whole process that calls need at other values than those that are there.
+
+    Calls that need the same values run at once. Others wait for these, also those that need what is there outside of
+    calls. When the last one ends, what was there before comes back, unless somebody else has set something since.
+
+    may_change: whether there ever was such a call.
+    """
+
+    def __init__(self) -> None:
+        self.may_change = False
+        self._changed = threading.Condition()
+        self._threads: list[int] = []  # one for each call
+        self._wanted: tuple[Any, Any] | None = None
+        self._before: tuple[Any, Any] = (None, None)
+
+    @contextlib.contextmanager
+    def applied(self, default_dtype: torch.dtype, deterministic: tuple[bool, bool]) -> Iterator[None]:
+        """Run the body under these settings."""
+        wanted, thread = (default_dtype, deterministic), threading.get_ident()
+        with self._changed:
+            if self._wanted is None and _globals() == wanted and not self.may_change:
+                nested, changes = None, False
+            else:
+                self.may_change = True
+                self._changed.wait_for(lambda: self._wanted in (None, wanted) or thread in self._threads)
+                nested, changes = self._enter(wanted), True
+                self._threads.append(thread)
+        try:
+            yield
+        finally:
+            if changes:
+                with self._changed:
+                    self._threads.remove(thread)
+                    self._leave(wanted, nested)
+                    self._changed.notify_all()
+
+    def ambient(self) -> tuple[Any, Any]:
+        """The settings outside of other threads' calls."""
+        with self._changed:
+            here, wanted = _globals(), self._wanted
+            if wanted is None or threading.get_ident() in self._threads:
+                return here
+            dtype, deterministic = (b if h == w else h for h, w, b in zip(here, wanted, self._before, strict=True))
+            return dtype, deterministic
+
+    def _enter(self, wanted: tuple[Any, Any]) -> tuple[Any, Any] | None:
+        """Set them; returns those of a call of this thread in which this one is."""
+        if self._wanted == wanted:
+            return None
+        nested, here = self._wanted, _globals()
+        if nested is None:
+            self._before = here
+        _set_globals(here, wanted)
+        self._wanted = wanted
+        return nested
+
+    def _leave(self, wanted: tuple[Any, Any], nested: tuple[Any, Any] | None) -> None:
+        if nested is None and self._threads:
+            return
+        here, back = _globals(), self._before if nested is None else nested
+        _set_globals(here, tuple(b if h == w else h for h, w, b in zip(here, wanted, back, strict=True)))
+        self._wanted = nested
+
+
+_GLOBALS = _Globals()
+
+
+def _globals() -> tuple[Any, Any]:
+    return torch.get_default_dtype(), _deterministic()
+
+
+def _set_globals(here: tuple[Any, ...], wanted: tuple[Any, ...]) -> None:
+    if here[0] is not wanted[0]:
+        torch.set_default_dtype(wanted[0])
+    if here[1] != wanted[1]:
+        enabled, warn_only = wanted[1]
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
 def _autocast(device_type: str, enabled: bool, dtype: torch.dtype) -> Any:

@@ -62,6 +62,64 @@ def same(got, expected):
 # -- threads ------------------------------------------------------------------------------------------------
 
 
+def slow_at(dtype, started, go_on):
+    """A compiled function whose constants have this default dtype, and that waits in the middle of a call."""
+
+    def fn(x):
+        first = torch.ones(3) / 3
+        if not isinstance(x, torch._subclasses.FakeTensor) and started is not None:
+            started.set()
+            assert go_on.wait(LIMIT_S)
+        return x + (first + torch.ones(3) / 3)
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return jax.jit(torch2jax(fn)).lower(jnp.zeros(3, jnp.float32)).compile()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_calls_with_other_default_dtypes_wait_for_each_other_and_leave_the_users():
+    started, go_on = threading.Event(), threading.Event()
+    wide, narrow = slow_at(torch.float64, started, go_on), slow_at(torch.float32, None, None)
+    x = jnp.zeros(3, jnp.float32)
+
+    def meanwhile():
+        assert started.wait(LIMIT_S)
+        threading.Timer(0.2, go_on.set).start()
+        return [narrow(x).block_until_ready() for _ in range(3)]
+
+    first, others = in_threads(lambda: wide(x).block_until_ready(), meanwhile)
+    assert torch.get_default_dtype() is torch.float32
+    assert first.dtype == jnp.float64
+    for other in others:
+        assert other.dtype == jnp.float32
+        np.testing.assert_array_equal(other, np.float32(1 / 3) + np.float32(1 / 3))
+    results = in_threads(*[lambda: wide(x), lambda: narrow(x)] * 3)
+    assert [r.dtype for r in results] == [jnp.float64, jnp.float32] * 3
+    assert torch.get_default_dtype() is torch.float32
+
+
+def test_what_a_user_sets_during_a_call_stays_set():
+    started, go_on = threading.Event(), threading.Event()
+    wide, x = slow_at(torch.float64, started, go_on), jnp.zeros(3, jnp.float32)
+
+    def meanwhile():
+        assert started.wait(LIMIT_S)
+        torch.use_deterministic_algorithms(True)
+        threading.Timer(0.2, go_on.set).start()
+        return torch2jax(lambda x: x * torch.ones(3))(x)  # traced at the user's settings, not at those of the call
+
+    try:
+        _, found = in_threads(lambda: wide(x).block_until_ready(), meanwhile)
+        assert found.dtype == jnp.float32
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.get_default_dtype() is torch.float32
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("tape", [True, False])
 def test_two_threads_train_one_module(tape):
     """Statistics and masks are each thread's own, although both run the same torch module."""
