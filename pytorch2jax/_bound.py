@@ -209,7 +209,7 @@ class BoundFunction(RootProgram):
         self.hand_written, self.has_hooks = self.inferred.hand_written, self.inferred.hooks
         if self.inferred.runs_others:  # a backward may be about all of them
             self.recorded_too = tuple(i for i, spec in enumerate(self.in_specs) if is_inexact(spec.dtype))
-        self.flattens = self.inferred.flattens
+        self.flattens, self.loops = self.inferred.flattens, self.inferred.loops
         self.autocasts = self.inferred.autocasts or any(enabled for enabled, _ in self.state.autocast)
         self.forward_mode_errs |= self.autocasts  # `torch.func` ignores it
         self.shares_tensors = self.inferred.certain and not (self.inferred.marks or self.inferred.retains)

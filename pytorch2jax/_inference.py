@@ -24,7 +24,7 @@ from pytorch2jax._dtypes import canonical_dtype_t2j, dtype_j2t
 from pytorch2jax._errors import CaptureError, InferenceError, LeafTypeError, Pytorch2JaxError, StateError
 from pytorch2jax._internals import fake_tensor_mode, operators_on_functions
 from pytorch2jax._questions import CodeThatRuns, Question
-from pytorch2jax._torch_state import differentiable_kernels, forked_generators, host_generators
+from pytorch2jax._torch_state import forked_generators, host_generators
 from pytorch2jax._tracking import Exposure, Forgotten, Tracker, holders_of
 from pytorch2jax._trees import CONSTANTS, OutputTree, flatten_output, output_paths, static_outputs
 
@@ -73,6 +73,7 @@ class Inferred(NamedTuple):
     runs_others: whether one of these is given a function or module to run.
     autocasts: whether it turns autocast on, which `torch.vmap` ignores.
     flattens: whether nested batches have to be one, because of an operator.
+    loops: whether batches have to be loops, because of an operator.
     hooks: whether it registers hooks on tensors, or its parameters have some, which act in backward passes alone.
     """
 
@@ -98,6 +99,7 @@ class Inferred(NamedTuple):
     runs_others: bool = True
     autocasts: bool = False
     flattens: bool = False
+    loops: bool = False
     hooks: bool = False
 
 
@@ -187,7 +189,7 @@ def _infer_fake(
 ) -> tuple[Inferred, Tracker, bool]:
     host = host_generators()
     exposure = Exposure()
-    with differentiable_kernels(), fake_tensor_mode():
+    with fake_tensor_mode():
         tensors = [torch.empty(s.shape, dtype=s.dtype, device=device) for s in inputs]
         tracker = Tracker(tensors, tensors[around.n_own :])
         noticed = Noticed(TRIED)
@@ -220,7 +222,8 @@ def _noticed(
     errs = exposure.cuts or exposure.asks or hooks or tracker.has_wrong_tangents
     return inferred._replace(
         hooks=hooks,
-        flattens=tracker.has_wrong_batches,
+        flattens=tracker.has_wrong_nesting,
+        loops=tracker.has_wrong_batches,
         forward_mode_errs=errs,
         marks=exposure.marks,
         asks=exposure.asks,

@@ -288,6 +288,8 @@ class Program(abc.ABC):
 
     def _reason_for_loop(self) -> str | None:
         """What the function does that is not the same under `torch.vmap`, if anything."""
+        if self.root.loops:
+            return "it has an operator for which torch.vmap is wrong"
         if self.root.flattens and self._has_batches_apart():
             return "it has an operator for which torch.vmap in torch.vmap is wrong"
         if self.root.autocasts:
@@ -346,6 +348,7 @@ class RootProgram(Program):
     hand_written: bool = True  # has a backward of the user's, which may look at parameters as objects
     has_hooks: bool = False  # on gradients
     autocasts: bool = False
+    loops: bool = False  # batches have to be loops, because torch is wrong for them
     flattens: bool = False  # batches of batches have to be one batch, because torch is wrong for them
     recorded_too: tuple[int, ...] = ()  # inputs that require gradients whenever one of them does
     shares_tensors: bool = False  # does nothing to its input tensors, as objects, that would outlast a call

@@ -26,7 +26,8 @@ class Tracker(TorchDispatchMode):
     random: whether one of them draws random numbers.
     n_operators: how many there were.
     has_wrong_tangents: whether there was one for which torch's forward mode is wrong.
-    has_wrong_batches: whether there was one for which two levels of `torch.vmap` are wrong.
+    has_wrong_nesting: whether there was one for which two levels of `torch.vmap` are wrong.
+    has_wrong_batches: whether there was one for which one level is.
 
     Args:
         inputs: the function's tensors, to look out for writes to them.
@@ -40,7 +41,7 @@ class Tracker(TorchDispatchMode):
         self.random = False
         self.n_operators = 0
         self.has_wrong_tangents = False
-        self.has_wrong_batches = False
+        self.has_wrong_nesting = self.has_wrong_batches = False
         self._makers: dict[int, tuple[int, Any, torch.Size]] = {}
         self._inputs = [_storage(t) for t in inputs]
         self._writers: dict[int, set[str]] = collections.defaultdict(set)
@@ -115,8 +116,8 @@ class Tracker(TorchDispatchMode):
                 )
         if func._schema.name in _WRONG_TANGENTS and _is_wrong_in_forward_mode(func, args, kwargs):
             self.has_wrong_tangents = True
-        if func._schema.name in _WRONG_BATCHES:
-            self.has_wrong_batches = True
+        self.has_wrong_nesting |= func._schema.name in _WRONG_BATCHES
+        self.has_wrong_batches |= func._schema.name in _WRONG_IN_BATCHES
         for value in _written_arguments(func._schema, args, kwargs):
             for tensor in value if isinstance(value, (list, tuple)) else (value,):
                 if isinstance(tensor, torch.Tensor):
@@ -256,18 +257,23 @@ _WRONG_TANGENTS = frozenset(
 )
 
 
-# Operators that come to `linalg_lu_solve`, themselves or in their derivatives. There, `torch.vmap` in `torch.vmap` is
-# wrong, without an error, where the factors are batched by the outer one only, and the right side by the inner one
-# (torch 2.13; `tests/test_batching.py` compares with JAX).
+# Operators for which `torch.vmap` in `torch.vmap` is wrong, without an error (torch 2.13; `tests/test_batching.py`
+# compares with loops and with JAX). Those of linear algebra come to `linalg_lu_solve`, if only in their derivatives.
 _WRONG_BATCHES = frozenset(
     {
         "aten::_linalg_det",
         "aten::_linalg_slogdet",
         "aten::_linalg_solve_ex",
+        "aten::as_strided",
+        "aten::as_strided_",
+        "aten::as_strided_copy",
         "aten::linalg_lu_solve",
         "aten::lu_solve",
     }
 )
+
+# Those for which one `torch.vmap` is: a batch of values is filled into what is none, and the gradient of a batch.
+_WRONG_IN_BATCHES = frozenset({"aten::as_strided_scatter", "aten::index_fill", "aten::index_fill_"})
 
 
 def _is_wrong_in_forward_mode(func: Any, args: Any, kwargs: Any) -> bool:

@@ -281,6 +281,9 @@ class Vmap(Derived):
                 )
             return tuple(o.sum(0) if d is None else o for o, d in zip(outputs, self.out_dims, strict=True))
         rows = [self.base.run(self._row(tensors, i), style, around) for i in range(self.size)]
+        if self.root.loops and torch.is_grad_enabled():
+            # The gradient of `as_strided_scatter` sees where in a larger memory its cotangent begins: not a row of one.
+            rows = [tuple(o * 1 if o.requires_grad else o for o in row) for row in rows]
         return tuple(
             sum(column[1:], column[0]) if dim is None else torch.stack(column, dim)
             for column, dim in zip(map(list, zip(*rows, strict=True)), self.out_dims, strict=True)

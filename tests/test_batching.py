@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 
 import jax
@@ -273,3 +274,34 @@ def test_batches_of_jacobians_of_solvers_are_one_batch():
         warnings.simplefilter("error")
         jax.vmap(jax.jacrev(f))(a)
     assert calls.runs <= 2  # with the tape, a forward pass and a backward pass
+
+
+TWICE = {
+    "as_strided": lambda x, y: torch.as_strided(x, (2, 2), (1, 2), 1) * y.sum(),
+    "as_strided_copy": lambda x, y: torch.as_strided_copy(x, (2, 2), (1, 2), 1) * y.sum(),
+    "as_strided_scatter": lambda x, y: torch.as_strided_scatter(x, y[:2, :2], (2, 2), (1, 2), 1),
+    "index_fill": lambda x, y: x.index_fill(0, torch.tensor([1]), y[0, 0]),
+    "index_fill in place": lambda x, y: x.clone().index_fill_(1, torch.tensor([2]), y[0, 0]),
+    "lu_solve": lambda x, y: torch.linalg.lu_solve(*torch.linalg.lu_factor(x + 4 * torch.eye(3, dtype=x.dtype)), y),
+}
+
+
+@pytest.mark.filterwarnings("ignore::pytorch2jax.LoopWarning")
+@pytest.mark.parametrize("name", TWICE)
+def test_batches_of_batches(name):
+    """Every mix of operands that are batched by the inner level, the outer one, both, or none. The oracle is a loop."""
+    f = torch2jax(TWICE[name])
+    derivatives = [f, jax.grad(lambda x, y: (f(x, y) ** 2).sum(), (0, 1))]
+    for inner_x, outer_x, inner_y, outer_y in itertools.product((0, 1), repeat=4):
+        if not (inner_x or inner_y) or not (outer_x or outer_y):
+            continue
+        keys = jax.random.split(jax.random.key(0))
+        x = jax.random.uniform(keys[0], (*(2,) * outer_x, *(4,) * inner_x, 3, 3))
+        y = jax.random.uniform(keys[1], (*(2,) * outer_y, *(4,) * inner_y, 3, 3))
+        axes = [tuple(0 if batched else None for batched in pair) for pair in ((inner_x, inner_y), (outer_x, outer_y))]
+        for fn in derivatives:
+            found = jax.vmap(jax.vmap(fn, axes[0]), axes[1])(x, y)
+            for i, j in itertools.product(range(2), range(4)):
+                one = x[(*(i,) * outer_x, *(j,) * inner_x)], y[(*(i,) * outer_y, *(j,) * inner_y)]
+                for a, e in zip(jax.tree.leaves(found), jax.tree.leaves(fn(*one)), strict=True):
+                    np.testing.assert_allclose(a[i, j], e, rtol=1e-9, atol=1e-12)
