@@ -358,7 +358,7 @@ class Taped(Derived):
             leaves.append(leaf)
             given[index] = leaf
         for index in self.large:
-            given[index] = given[index].view_as(given[index])
+            given[index] = _alias(given[index])
             entry.given[index] = weakref.ref(given[index])
         entry.inputs = tuple(leaves)
         return given
@@ -369,7 +369,7 @@ class Taped(Derived):
         leaves = {i: sources[i].detach().requires_grad_() for i in self.active}
         entry.operands = tensors  # the function may differentiate inside
         # It gets views, not the leaves, whose holders could not be counted.
-        views = [leaves[i].view_as(leaves[i]) if i in leaves else t.detach() for i, t in enumerate(sources)]
+        views = [_alias(leaves[i]) if i in leaves else t.detach() for i, t in enumerate(sources)]
         entry.given = {i: weakref.ref(views[i]) for i in leaves}
         with torch.autograd.graph.saved_tensors_hooks(saving.pack, saving.unpack):
             results = self.base.run(views, style, RECORDED)
@@ -385,6 +385,9 @@ class Taped(Derived):
         concrete = isinstance(handle, jax.Array) and not isinstance(handle, jax.core.Tracer)
         if concrete and torch_device(handle).type == "cpu":
             TAPE.release_with(handle)
+
+
+_alias = torch.ops.aten.alias.default  # a view through which sparse gradients come, too
 
 
 def _edge(output: torch.Tensor) -> GradientEdge | None:
