@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import some
 
 from pytorch2jax import LoopWarning, convert_pytnn_to_jax, t2j, torch2jax
 
@@ -251,8 +252,8 @@ JACOBIANS = {
 
 
 @pytest.mark.filterwarnings("ignore::pytorch2jax.LoopWarning")
-@pytest.mark.parametrize("jacobian", JACOBIANS)
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("jacobian", some(JACOBIANS, ["jacrev", "hessian"]))
+@pytest.mark.parametrize("solver", some(SOLVERS, ["solve", "slogdet"]))
 def test_batches_of_jacobians_of_solvers(solver, jacobian):
     """`torch.vmap` in `torch.vmap` is wrong for them. The oracle is JAX."""
     ours, theirs = torch2jax(SOLVERS[solver][0]), SOLVERS[solver][1]
@@ -287,7 +288,7 @@ TWICE = {
 
 
 @pytest.mark.filterwarnings("ignore::pytorch2jax.LoopWarning")
-@pytest.mark.parametrize("name", TWICE)
+@pytest.mark.parametrize("name", some(TWICE, ["as_strided", "index_fill", "lu_solve"]))
 def test_batches_of_batches(name):
     """Every mix of operands that are batched by the inner level, the outer one, both, or none. The oracle is a loop."""
     f = torch2jax(TWICE[name])
