@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from pytorch2jax._internals import torch_pytree
-
 _MISSING: Any = object()
 _TORCHS_OWN = frozenset({"_parameters", "_buffers", "_modules", "training"})
 _ATOMS = (nn.Module, torch.Tensor, type, types.FunctionType, types.MethodType, types.ModuleType, str, bytes)
@@ -108,13 +106,16 @@ class _Slots(Container):
 class _Sequence(Container):
     """A list or a deque."""
 
+    def __init__(self, path: str, value: Any) -> None:
+        self._type: Any = list if isinstance(value, list) else collections.deque
+        super().__init__(path, value)
+
     def content(self) -> list[Any]:
-        return list(_plain(self.value, list, collections.deque).__iter__(self.value))
+        return list(self._type.__iter__(self.value))
 
     def put_back(self) -> None:
-        kind = _plain(self.value, list, collections.deque)
-        kind.clear(self.value)
-        kind.extend(self.value, self.before)
+        self._type.clear(self.value)
+        self._type.extend(self.value, self.before)
 
 
 class _Set(Container):
@@ -226,18 +227,8 @@ class Snapshot:
         return [c for c in self._containers if any(True for _ in c.changes())]
 
 
-def tensors_in(value: Any) -> list[torch.Tensor]:
-    """The tensors in a container."""
-    return [leaf for leaf in torch_pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-
-
 def _joined(path: str, key: Any) -> str:
     return f"{path}.{key}" if path else str(key)
-
-
-def _plain(value: Any, *kinds: Any) -> Any:
-    """Which of these kinds an object is of: subclasses may have methods of their own."""
-    return next(kind for kind in kinds if isinstance(value, kind))
 
 
 def _slots(value: Any) -> Iterator[tuple[str, Any]]:

@@ -84,58 +84,43 @@ _PATCH = threading.Lock()
 _patches = 0  # how many threads watch
 
 
-@contextlib.contextmanager
-def custom_functions(hook: Callable[[FunctionCall], Any]) -> Iterator[None]:
+def custom_functions(hook: Callable[[FunctionCall], Any]) -> contextlib.AbstractContextManager[None]:
     """In this thread, `hook(call)` runs in the place of `forward` of each `torch.autograd.Function`.
 
     `apply` itself may have been taken from its class before (`cube = Cube.apply`), and since torch 2.14 it is written
     in C++. But in all versions it asks the class for what it needs: for `_backward_cls` as soon as it is called, and
     for `forward` when it has turned grad mode off. The hook runs in the grad mode of the caller.
     """
-    before = _HOOKS.hook, _HOOKS.calls
-    with _watching():
-        _HOOKS.hook, _HOOKS.calls = hook, []
-        try:
-            yield
-        finally:
-            _HOOKS.hook, _HOOKS.calls = before
+    return _watching(hook=hook)
 
 
 @contextlib.contextmanager
 def noticed_functions() -> Iterator[NoticedFunctions]:
     """Notice the calls that this thread makes within the context."""
-    before = _HOOKS.noticed, _HOOKS.calls
     noticed = NoticedFunctions()
-    with _watching():
-        _HOOKS.noticed, _HOOKS.calls = noticed, []
-        try:
-            yield noticed
-        finally:
-            _HOOKS.noticed, _HOOKS.calls = before
+    with _watching(noticed=noticed):
+        yield noticed
 
 
-@contextlib.contextmanager
-def recorded_backwards(hook: Callable[[BackwardCall], Any]) -> Iterator[None]:
+def recorded_backwards(hook: Callable[[BackwardCall], Any]) -> contextlib.AbstractContextManager[None]:
     """In this thread, `hook(call)` runs in the place of each `backward` that is called in grad mode."""
-    before = _HOOKS.backward, _HOOKS.calls
-    with _watching():
-        _HOOKS.backward, _HOOKS.calls = hook, []
-        try:
-            yield
-        finally:
-            _HOOKS.backward, _HOOKS.calls = before
+    return _watching(backward=hook)
 
 
 @contextlib.contextmanager
-def _watching() -> Iterator[None]:
+def _watching(**watchers: Any) -> Iterator[None]:
+    """Have these among `_HOOKS`, and calls from now on."""
     global _patches
+    before = {name: getattr(_HOOKS, name) for name in (*watchers, "calls")}
     with _PATCH:
         _patches += 1
         if _patches == 1:
             FunctionMeta.__getattribute__ = _attribute  # type: ignore[method-assign]
+    vars(_HOOKS).update(watchers, calls=[])
     try:
         yield
     finally:
+        vars(_HOOKS).update(before)
         with _PATCH:
             _patches -= 1
             if _patches == 0:

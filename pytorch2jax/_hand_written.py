@@ -10,7 +10,7 @@ out and refused.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from pytorch2jax._autograd_functions import BackwardCall
 from pytorch2jax._errors import UnsupportedTransformError
-from pytorch2jax._internals import is_functorch_active, is_turning_grad_off, set_grad_enabled
+from pytorch2jax._internals import DETACHING, is_functorch_active, is_turning_grad_off, set_grad_enabled
 
 
 def recorded_backward(name: str, order: int, call: BackwardCall) -> Any:
@@ -83,17 +83,12 @@ class _Attached(TorchFunctionMode):
     """Within this context nothing cuts a graph: neither `detach` nor `no_grad`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _DETACHING:
+        if func in DETACHING:
             return args[0].view_as(args[0])
         out = func(*args, **(kwargs or {}))
         if is_turning_grad_off(func, args):
             set_grad_enabled(True)
         return out
-
-
-_DETACHING: frozenset[Callable[..., Any]] = frozenset(
-    {torch.detach, torch.Tensor.detach, vars(torch._C.TensorBase)["data"].__get__}
-)
 
 
 def _again(name: str, call: BackwardCall) -> Any:

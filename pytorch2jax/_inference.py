@@ -8,7 +8,6 @@ follow (they read values, leave torch, or are TorchScript) are run once for real
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -25,8 +24,8 @@ from pytorch2jax._errors import CaptureError, InferenceError, LeafTypeError, Pyt
 from pytorch2jax._internals import fake_tensor_mode, operators_on_functions
 from pytorch2jax._questions import CodeThatRuns, Question
 from pytorch2jax._torch_state import forked_generators, host_generators
-from pytorch2jax._tracking import Exposure, Forgotten, Tracker, holders_of
-from pytorch2jax._trees import CONSTANTS, OutputTree, flatten_output, output_paths, static_outputs
+from pytorch2jax._tracking import Exposure, Forgotten, Tracker, holders_of, storage_of
+from pytorch2jax._trees import CONSTANTS, OutputTree, flatten_output, output_paths, static_outputs, tensors_in
 
 
 class Spec(NamedTuple):
@@ -162,12 +161,11 @@ def infer(
         except Exception as error:
             inferred, tracker, asks_for_types, reason = None, None, False, type(error).__name__
         around.put_back()
+        forgotten = None
         if tracker is not None and inferred is not None:
             forgotten = _forget_survivors(name, tracker)
             if not (forgotten or asks_for_types):
                 return inferred
-        else:
-            forgotten = None
         try:
             inferred = _infer_real(name, call, inputs, values, around)
             if forgotten:
@@ -358,23 +356,18 @@ def _check_not_used(
     fresh = values()
     with Tracker(fresh, [*kept, *(t for t in fresh if not t.is_meta)]) as tracker, operators_on_functions(RUN):
         (out, _), _ = run_without_graph(call, fresh)
-    returned = [x for x in flatten_output(out, is_output_leaf)[0] if isinstance(x, torch.Tensor)]
-    used = [tracker.has_read(t) or any(map(functools.partial(_shares_memory, t), returned)) for t in kept]
-    del out, fresh, returned
+    returned = set(map(storage_of, tensors_in(out)))
+    used = [tracker.has_read(t) or storage_of(t) in returned for t in kept]
+    del out, fresh
     if not any(used):
         return
     where = sorted({name for names, is_used in zip(holders, used, strict=True) if is_used for name in names})
-    Forgotten(tracker.kept())
+    Forgotten([*kept, *tracker.kept()])
     raise StateError(
         f"{name}: keeps what it computes from its arguments or parameters in {', '.join(where) or 'an attribute'}, and "
         "uses it in the next call, which a function of its arguments cannot. Compute it in each call, or, where it "
         "depends on nothing that JAX passes, compute it before."
     )
-
-
-def _shares_memory(left: torch.Tensor, right: torch.Tensor) -> bool:
-    dense = left.layout == right.layout == torch.strided
-    return dense and left.untyped_storage()._cdata == right.untyped_storage()._cdata
 
 
 def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:

@@ -1,8 +1,7 @@
 """The place that knows private or version-dependent names of jax and torch.
 
 Apart from `_autograd_functions.py` and `xla/_internals.py`, everything else in the package imports only documented
-names of the two frameworks. `make versions` tests the lowest
-and the newest versions that `pyproject.toml` allows.
+names of the two frameworks. `make versions` tests the lowest and the newest versions that `pyproject.toml` allows.
 """
 
 from __future__ import annotations
@@ -43,6 +42,7 @@ from torch.autograd.graph import get_gradient_edge as gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
+    "DETACHING",
     "DRAWS_FROM_TORCH",
     "ExecutionContext",
     "GradientEdge",
@@ -647,6 +647,12 @@ def is_differentiated(tensor: torch.Tensor) -> bool:
 def is_under_dual_level() -> bool:
     """Whether torch's forward mode is at work (`torch.autograd.forward_ad.dual_level`)."""
     return torch.autograd.forward_ad._current_level >= 0
+
+
+DETACHING: frozenset[Callable[..., Any]] = frozenset(
+    {torch.detach, torch.Tensor.detach, vars(torch._C.TensorBase)["data"].__get__}
+)
+"""Functions that cut derivatives, as a `TorchFunctionMode` sees them."""
 
 
 def is_turning_grad_off(func: Any, args: Sequence[Any]) -> bool:

@@ -19,11 +19,12 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from pytorch2jax._attributes import Container, Held, Snapshot, tensors_in
+from pytorch2jax._attributes import Container, Held, Snapshot
 from pytorch2jax._errors import ConversionError, StateError
 from pytorch2jax._inference import Surroundings
 from pytorch2jax._params import Leaf, Slots
 from pytorch2jax._stand_in import StandIn, Values, stand_in
+from pytorch2jax._trees import tensors_in
 
 
 class Skeleton:
@@ -34,7 +35,7 @@ class Skeleton:
         tensors = [source[leaf.slots[0]] for leaf in leaves]
         self._values = Values([".".join(leaf.path) for leaf in leaves])
         self._placeholders = [stand_in(t, self._values, i) for i, t in enumerate(tensors)]
-        self._module, computed = _copy_without(model, tensors, self._placeholders)
+        self._module, computed, hooks = _copy_without(model, tensors, self._placeholders)
         self._snapshot: Snapshot | None = None
         held = Snapshot(self._module).tensors
         slots, others = Slots(self._module), _other_places(held, self._placeholders)
@@ -52,8 +53,7 @@ class Skeleton:
         self._first_slots = [(*slots.place(leaf.slots[0]), leaf.slots[0].name) for leaf in leaves]
         self._params = [i for i, t in enumerate(tensors) if isinstance(t, nn.Parameter)]
         self._is_param: _IsParam | None = None  # while nobody has asked
-        self._hooks = [(i, hooks) for i, t in enumerate(self._placeholders) if (hooks := _taken_hooks(t))]
-        self.has_hooks = bool(self._hooks)
+        self._hooks = [(i, found) for i, found in enumerate(hooks) if found]
         self._attributes = [(i, found) for i, t in enumerate(self._placeholders) if (found := _own_attributes(t))]
         # Buffers that a caller does not pass keep these values; parameters are always passed.
         self._held = [
@@ -165,7 +165,7 @@ class Skeleton:
 
     def surroundings(self) -> Surroundings:
         return Surroundings(
-            has_hooks=self.has_hooks,
+            has_hooks=bool(self._hooks),
             n_own=len(self._tables),
             left_behind=self._left_behind,
             put_back=self._put_back,
@@ -246,8 +246,8 @@ class _DeepcopyNonLeaves(TorchFunctionMode):
 
 def _copy_without(
     model: nn.Module, tensors: Sequence[torch.Tensor], placeholders: Sequence[torch.Tensor]
-) -> tuple[nn.Module, list[torch.Tensor]]:
-    """A deep copy of a module with placeholders for its parameters and buffers, and its results of computations."""
+) -> tuple[nn.Module, list[torch.Tensor], list[list[Any]]]:
+    """A deep copy of a module with placeholders for its tensors, its results of computations, and its hooks."""
     memo: dict[int, Any] = {id(t): p for t, p in zip(tensors, placeholders, strict=True)}
     try:
         with _DeepcopyNonLeaves() as non_leaves:
@@ -256,9 +256,8 @@ def _copy_without(
                 _copy_slots(new, old, memo)
             for placeholder, tensor in zip(placeholders, tensors, strict=True):
                 vars(placeholder).update(copy.deepcopy(_own_attributes(tensor), memo))
-                if hooks := hooks_of(tensor):
-                    setattr(placeholder, _HOOKS, [copy.deepcopy(hook, memo) for hook in hooks])
-            return duplicate, non_leaves.copies
+            hooks = [copy.deepcopy(hooks_of(tensor), memo) for tensor in tensors]
+            return duplicate, non_leaves.copies, hooks
     except Exception as error:
         raise ConversionError(
             f"convert: {type(model).__name__}: expected a module that `copy.deepcopy` can copy, got "
@@ -287,11 +286,6 @@ _HOOKS = "_pytorch2jax_hooks"
 def hooks_of(tensor: torch.Tensor) -> list[Any]:
     """What `register_hook` has registered on a tensor."""
     return list((tensor._backward_hooks or {}).values())
-
-
-def _taken_hooks(placeholder: torch.Tensor) -> list[Any]:
-    hooks: list[Any] = vars(placeholder).pop(_HOOKS, [])
-    return hooks
 
 
 def _register(hooks: list[Any], tensor: torch.Tensor) -> None:

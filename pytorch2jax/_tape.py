@@ -437,17 +437,6 @@ class _Saving:
         return tensor
 
 
-class _Failed(threading.local):
-    """In each thread: why the graph of the present call could not be used."""
-
-    error: Exception | None = None
-
-    def take(self) -> Exception | None:
-        """The reason, once."""
-        error, self.error = self.error, None
-        return error
-
-
 class FromTape(Derived):
     """A derivative `d(x, c)` of `f` as `(x, handle, c)`: reads the graph of `Taped(f)` where it can, else runs `d`."""
 
@@ -462,7 +451,6 @@ class FromTape(Derived):
         self.n_linear = base.n_linear
         self._is_complex = any(spec.dtype.kind == "c" for spec in (*self.in_specs, *self.out_specs))
         self._is_backward = isinstance(base, Vjp)
-        self._failed = _Failed()
         if isinstance(base, Vjp):  # where its outputs and inputs are among those of the graph
             self._of_outputs = [taped.outputs.index(i) for i in base.outputs]
             self._of_inputs = [taped.active.index(i) for i in base.active]
@@ -477,7 +465,7 @@ class FromTape(Derived):
 
     def execute(self, tensors: Sequence[torch.Tensor], buffers: Buffers | None = None) -> Tensors:
         number = number_of(tensors[self.where])
-        self._failed.take()
+        error: Exception | None = None
         entry = TAPE.take(number)
         if self._is_backward:
             if entry is None:
@@ -488,11 +476,11 @@ class FromTape(Derived):
                     self.taped.hooks = True
                 else:
                     pulled = self._pull(entry, primals, tensors[self.where + 1 :], buffers)
-                    if pulled is not None:
+                    if not isinstance(pulled, Exception):
                         return pulled
+                    error = pulled
             del entry
         result = self.base.execute(self.without_handle(tensors), buffers)
-        error = self._failed.take()
         if error is not None and not isinstance(error, torch.OutOfMemoryError):
             self._give_up(error)
         return result
@@ -514,7 +502,7 @@ class FromTape(Derived):
         primals: Sequence[torch.Tensor],
         cotangents: Sequence[torch.Tensor],
         buffers: Buffers | None,
-    ) -> Tensors | None:
+    ) -> Tensors | Exception:
         root = self.root
         entry.operands = primals
         outputs = [entry.outputs[i] for i in self._of_outputs]
@@ -529,8 +517,7 @@ class FromTape(Derived):
                 pulled = gradients(outputs, [*inputs, *others], given, destinations=destinations)[: len(inputs)]
                 return conjugated(pulled) if self._is_complex else pulled
         except Exception as error:  # whatever it is: the computation without the tape meets it, too, or does without
-            self._failed.error = error.with_traceback(None)  # whose frames hold the graph
-            return None
+            return error.with_traceback(None)  # whose frames hold the graph
 
     def _leaves(self, entry: Entry, primals: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
         """What a backward finds in the module's slots where it looks there: tensors that require gradients."""

@@ -17,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from pytorch2jax._destination import Maker
 from pytorch2jax._errors import RandomnessError
-from pytorch2jax._internals import HigherOrderOperator, TorchDispatchMode, is_turning_grad_off, torch_pytree
+from pytorch2jax._internals import HigherOrderOperator, TorchDispatchMode, is_turning_grad_off
+from pytorch2jax._trees import tensors_in
 
 
 class Tracker(TorchDispatchMode):
@@ -43,37 +44,36 @@ class Tracker(TorchDispatchMode):
         self.has_wrong_tangents = False
         self.has_wrong_nesting = self.has_wrong_batches = False
         self._makers: dict[int, tuple[int, Any, torch.Size]] = {}
-        self._inputs = [_storage(t) for t in inputs]
+        self._inputs = [storage_of(t) for t in inputs]
         self._writers: dict[int, set[str]] = collections.defaultdict(set)
-        self._sources = frozenset(_storage(t) for t in sources)
+        self._sources = frozenset(storage_of(t) for t in sources)
         self._derived = set(self._sources)
         self._read: set[int] = set()
         self._others: set[int] = set()
         self._alive: list[Any] = list(inputs)  # so that no storage gets the address of another one
         self._fakes = [weakref.ref(t) for t in inputs]
-        self._followed = [weakref.ref(t) for t in sources]
 
     def is_derived(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor was computed from the sources."""
-        return _storage(tensor) in self._derived
+        return storage_of(tensor) in self._derived
 
     def has_read(self, source: torch.Tensor) -> bool:
         """Whether an operator had this source for an input."""
-        return _storage(source) in self._read
+        return storage_of(source) in self._read
 
     def has_used(self, tensor: torch.Tensor) -> bool:
         """Whether an operator had this tensor, which was no input of the function, for an input."""
-        return _storage(tensor) in self._others
+        return storage_of(tensor) in self._others
 
     def has_written(self, tensor: torch.Tensor) -> bool:
         """Whether an operator has written to this tensor."""
-        return _storage(tensor) in self._writers
+        return storage_of(tensor) in self._writers
 
     def maker(self, output: torch.Tensor) -> Maker | None:
         """The operator that made an output, if it left it in C order and nobody has taken a part of it since."""
         if output.layout != torch.strided:
             return None
-        index, operator, shape = self._makers.get(_storage(output), (0, None, None))
+        index, operator, shape = self._makers.get(storage_of(output), (0, None, None))
         whole = operator is not None and shape == output.shape and output.is_contiguous()
         return Maker(index, operator) if whole else None
 
@@ -98,10 +98,11 @@ class Tracker(TorchDispatchMode):
         return [t for t in alive if t is not None]
 
     def kept(self) -> list[torch.Tensor]:
-        """The sources, and tensors computed from them, that are still there, when nothing of the run should be."""
+        """Inputs among the sources, and tensors computed from these, that are still there when nothing should be."""
+        followed = [weakref.ref(t) for t in self._alive if self.is_derived(t)]
         self._alive.clear()
         gc.collect()
-        return [t for ref in self._followed if (t := ref()) is not None]
+        return [t for ref in followed if (t := ref()) is not None]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -121,28 +122,23 @@ class Tracker(TorchDispatchMode):
         for value in _written_arguments(func._schema, args, kwargs):
             for tensor in value if isinstance(value, (list, tuple)) else (value,):
                 if isinstance(tensor, torch.Tensor):
-                    self._writers[_storage(tensor)].add(func._schema.name)
+                    self._writers[storage_of(tensor)].add(func._schema.name)
         out = func(*args, **kwargs)
         made = isinstance(out, torch.Tensor) and out.layout == torch.strided
         if made and not func._schema.is_mutable and not func.is_view:
-            self._makers[_storage(out)] = (self.n_operators, func, out.shape)
+            self._makers[storage_of(out)] = (self.n_operators, func, out.shape)
         self.n_operators += 1
-        self._follow(func, _tensors((args, kwargs)), _tensors(out))
+        self._follow(func, tensors_in((args, kwargs)), tensors_in(out))
         return out
 
     def _follow(self, func: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
-        storages = {_storage(t) for t in inputs}
+        storages = {storage_of(t) for t in inputs}
         self._read |= storages & self._sources
-        self._others |= {_storage(t) for t in inputs if not _is_fake(t)}
+        self._others |= {storage_of(t) for t in inputs if not _is_fake(t)}
         if storages & self._derived and not _is_factory(func):
-            self._derived.update(map(_storage, outputs))
+            self._derived.update(map(storage_of, outputs))
             self._alive += outputs
-            self._followed += [weakref.ref(t) for t in outputs]
         self._fakes += [weakref.ref(t) for t in outputs if _is_fake(t)]
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [t for t in torch_pytree.tree_leaves(tree) if isinstance(t, torch.Tensor)]
 
 
 def _is_fake(tensor: torch.Tensor) -> bool:
@@ -329,7 +325,7 @@ class Exposure(TorchFunctionMode):
 
     def outputs_among(self, tensors: Sequence[torch.Tensor]) -> frozenset[int]:
         """Which tensors torch got as `out=`. Some functions leave it as it is while a mode watches (`matrix_rank`)."""
-        return frozenset(i for i, tensor in enumerate(tensors) if _storage(tensor) in self._out)
+        return frozenset(i for i, tensor in enumerate(tensors) if storage_of(tensor) in self._out)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self._EXPOSING:
@@ -348,7 +344,7 @@ class Exposure(TorchFunctionMode):
         if is_turning_grad_off(func, args):
             self.cuts = True
         if kwargs and "out" in kwargs:
-            self._out.update(map(_storage, _tensors(kwargs["out"])))
+            self._out.update(map(storage_of, tensors_in(kwargs["out"])))
         return func(*args, **(kwargs or {}))
 
 
@@ -363,6 +359,6 @@ def _hook(tensor: torch.Tensor, hook: Any) -> Any:
     return tensor.register_hook(hook) if tensor.requires_grad else RemovableHandle(collections.OrderedDict())
 
 
-def _storage(tensor: torch.Tensor) -> int:
+def storage_of(tensor: torch.Tensor) -> int:
     """What tells tensors that share memory from others: an address. Sparse tensors have none and share none."""
     return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else -id(tensor)

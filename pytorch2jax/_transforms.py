@@ -293,19 +293,19 @@ class Vmap(Derived):
         """Batches of batches as one batch, of all combinations."""
         inner = self.base
         assert isinstance(inner, Vmap)
-        given = []
+        given: list[torch.Tensor] = []
+        in_dims: list[int | None] = []
         for tensor, outer_dim, dim in zip(tensors, self.in_dims, inner.in_dims, strict=True):
-            if outer_dim is None and dim is None:
+            is_shared = outer_dim is None and dim is None
+            in_dims.append(None if is_shared else 0)
+            if is_shared:
                 given.append(tensor)
                 continue
             moved = tensor.unsqueeze(0) if outer_dim is None else tensor.movedim(outer_dim, 0)
             moved = moved.unsqueeze(1) if dim is None else moved.movedim(dim + 1, 1)
             rest = moved.shape[2:]
             given.append(moved.expand(self.size, inner.size, *rest).reshape(self.size * inner.size, *rest))
-        in_dims = tuple(
-            None if outer is dim is None else 0 for outer, dim in zip(self.in_dims, inner.in_dims, strict=True)
-        )
-        flat = inner.base.derive(Vmap, in_dims, (0,) * len(inner.base.out_specs), self.size * inner.size)
+        flat = inner.base.derive(Vmap, tuple(in_dims), (0,) * len(inner.base.out_specs), self.size * inner.size)
         results = []
         for output, outer_dim, dim in zip(flat.run(given, style, around), self.out_dims, inner.out_dims, strict=True):
             parts = output.unflatten(0, (self.size, inner.size))
@@ -431,7 +431,7 @@ def _recorded(program: Jvp | Vjp, primals: Tensors, style: Style, *, again: bool
 
 def others_recorded(root: RootProgram, active: tuple[int, ...]) -> tuple[int, ...]:
     """The inputs besides the active ones with respect to which a backward pass is run, for what happens on its way."""
-    return tuple(i for i in root.recorded_too if i not in active) if root.recorded_too else ()
+    return tuple(i for i in root.recorded_too if i not in active)
 
 
 def _refuse_accumulation(leaf: torch.Tensor) -> None:

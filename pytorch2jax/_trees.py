@@ -14,9 +14,21 @@ import jax
 import numpy as np
 import torch
 
-from pytorch2jax._internals import flatten_torch_node, is_torch_node, torch_node_type, unflatten_torch_node
+from pytorch2jax._internals import (
+    flatten_torch_node,
+    is_torch_node,
+    torch_node_type,
+    torch_pytree,
+    unflatten_torch_node,
+)
 
 PATH_SEPARATOR = "."
+
+
+def tensors_in(tree: Any) -> list[torch.Tensor]:
+    """The tensors in a torch pytree."""
+    return [leaf for leaf in torch_pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
 
 # What may be part of an output besides tensors and numbers.
 CONSTANTS = (str, bytes, torch.dtype, torch.device, torch.Size, np.dtype)

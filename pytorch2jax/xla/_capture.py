@@ -18,7 +18,7 @@ from pytorch2jax._internals import fake_tensor_mode, is_functorch_active, operat
 from pytorch2jax._torch_state import differentiable_kernels, forked_generators
 from pytorch2jax._tracking import Forgotten
 from pytorch2jax.xla._control_flow import handlers
-from pytorch2jax.xla._decompositions import DETACHING, FUNCTIONS, batch_norm_with_cumulative_average
+from pytorch2jax.xla._decompositions import FUNCTIONS, INSTEAD_OF_DETACHING, batch_norm_with_cumulative_average
 from pytorch2jax.xla._dtype_rules import NoKernelError
 from pytorch2jax.xla._graph import Graph, pruned
 from pytorch2jax.xla._hand_written import record_function
@@ -106,7 +106,7 @@ class _Instead(TorchFunctionMode):
 
 _DETACHING_IN_PLACE = frozenset({torch.detach_, torch.Tensor.detach_})
 _SET_DATA = vars(torch._C.TensorBase)["data"].__set__
-_INSTEAD = {**DETACHING, **FUNCTIONS}
+_INSTEAD = {**INSTEAD_OF_DETACHING, **FUNCTIONS}
 
 
 _TORCH, _OURS = Path(torch.__file__).parent, Path(__file__).parent.parent

@@ -17,6 +17,7 @@ from pytorch2jax._control_flow import cond as plain_cond
 from pytorch2jax._dtypes import canonical_dtype_t2j
 from pytorch2jax._errors import CaptureError, UnsupportedTransformError
 from pytorch2jax._internals import Primitive, ad, batching, is_functorch_active, mlir, torch_pytree
+from pytorch2jax._trees import tensors_in
 from pytorch2jax.xla._graph import Equation, Unifiable, Var, pruned, used
 from pytorch2jax.xla._internals import is_followed_by_autograd
 from pytorch2jax.xla._interpret import run
@@ -156,7 +157,7 @@ def handlers(recorder: Recorder) -> dict[str, Callable[..., Any]]:
         taken, out = _block(recorder, "cond", true_fn, operands)
         other, same = _block(recorder, "cond", false_fn, operands)
         check_same("cond: the two functions", out, same)
-        return _written(recorder, Cond("cond", taken, other), [pred, *_tensors(operands)], out, first)
+        return _written(recorder, Cond("cond", taken, other), [pred, *tensors_in(operands)], out, first)
 
     def while_loop(
         cond_fn: Any, body_fn: Any, carried: Sequence[Any], additional_inputs: Sequence[Any], **_: Any
@@ -182,7 +183,7 @@ def handlers(recorder: Recorder) -> dict[str, Callable[..., Any]]:
         block, (carry, outputs) = _block(
             recorder, name, lambda *a: combine_fn(*a, *additional_inputs), [*init, *slices]
         )
-        check_same(f"{name}: what is carried into a step and out of it", tuple(init), tuple(_tensors(carry)))
+        check_same(f"{name}: what is carried into a step and out of it", tuple(init), tuple(tensors_in(carry)))
         n = xs[0].shape[0]
         stacked = torch_pytree.tree_map(
             lambda y: recorder.unseen(lambda: y.new_empty((n, *y.shape))) if isinstance(y, torch.Tensor) else y, outputs
@@ -190,10 +191,6 @@ def handlers(recorder: Recorder) -> dict[str, Callable[..., Any]]:
         return _written(recorder, Scan(name, len(init), block), [*init, *xs], (carry, stacked), first)
 
     return {**RUN, "cond": cond, "while_loop": while_loop, "scan": scan, "map_impl": map_impl}
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [x for x in torch_pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]
 
 
 def _block(recorder: Recorder, name: str, fn: Callable[..., Any], args: Sequence[Any]) -> tuple[Block, Any]:
@@ -211,7 +208,7 @@ def _block(recorder: Recorder, name: str, fn: Callable[..., Any], args: Sequence
         out = fn(*torch_pytree.tree_unflatten(inner, tree))
         if is_followed_by_autograd(out):  # to an argument, or to something around
             raise _differentiated_or_batched(recorder, name)
-        outputs = tuple(map(recorder.var_of, _tensors(out)))
+        outputs = tuple(map(recorder.var_of, tensors_in(out)))
         equations = pruned(recorder.equations, outputs)
         recorder.check_functions(equations)
         written = {k: v for k, v in recorder.versions().items() if k in outside} != outside
@@ -242,5 +239,5 @@ def _written(recorder: Recorder, operator: Operator, operands: Sequence[torch.Te
     """Write the operator down; returns fake tensors like those in a tree."""
     given = [recorder.var_of(x) for x in operands]
     out = torch_pytree.tree_map(lambda x: recorder.anew(x) if isinstance(x, torch.Tensor) else x, like)
-    recorder.write(operator, given, _tensors(out), first)
+    recorder.write(operator, given, tensors_in(out), first)
     return out

@@ -12,7 +12,7 @@ import numpy as np
 from pytorch2jax._dtypes import canonical_dtype_t2j
 from pytorch2jax.xla._graph import Equation, Unifiable, Var, used
 from pytorch2jax.xla._internals import aten
-from pytorch2jax.xla._interpret import run as interpret
+from pytorch2jax.xla._interpret import run
 from pytorch2jax.xla._linearity import is_linear
 
 
@@ -115,7 +115,7 @@ class CustomGradient(Unifiable):
 
     def _run(self, primals: Any, around: Any, key: Any) -> tuple[Any, Any]:
         env = dict(zip(self._primals, primals, strict=True)) | dict(zip(self.free, around, strict=True))
-        interpret(self._forward, env, key)
+        run(self._forward, env, key)
         kept = [env[v] for v in self._kept]
         return tuple(env[v] for v in self._outputs), (kept, key)
 
@@ -137,7 +137,7 @@ class CustomGradient(Unifiable):
     def _pull_active(self, residuals: Any, cotangents: Any, *, zeros: bool = True) -> tuple[Any, ...]:
         kept, key = residuals
         env = dict(zip(self._kept, kept, strict=True)) | dict(zip(self._cotangents, cotangents, strict=True))
-        interpret(self._backward, env, key)
+        run(self._backward, env, key)
         gradients = [None if g is None else env[g] for g in self._gradients]
         if zeros:
             like = [self._primals[i] for i in self._active]

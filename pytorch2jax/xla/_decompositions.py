@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from pytorch2jax._internals import DETACHING
 from pytorch2jax.xla._internals import aten, istft_without_a_check
 
 
@@ -195,12 +196,7 @@ OPERATORS: dict[Any, Callable[..., Any]] = {
 }
 """Instead of torch's decompositions."""
 
-DETACHING: dict[Any, Callable[..., Any]] = {
-    vars(torch._C.TensorBase)["data"].__get__: _detached,
-    torch.detach: _detached,
-    torch.Tensor.detach: _detached,
-}
-"""Functions that cut derivatives."""
+INSTEAD_OF_DETACHING: dict[Any, Callable[..., Any]] = dict.fromkeys(DETACHING, _detached)
 
 FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.istft: istft_without_a_check,

@@ -138,7 +138,7 @@ class Recorder(TorchDispatchMode):
 
     def seen(self) -> list[weakref.ref[torch.Tensor]]:
         """The tensors without values that have come by."""
-        return [weakref.ref(t) for t in (*self._alive, *self.arguments) if is_fake(t)]
+        return [weakref.ref(t) for t in self._alive if is_fake(t)]
 
     def storage_of(self, tensor: torch.Tensor) -> Storage:
         """The storage of a tensor that has been seen."""
