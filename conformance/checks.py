@@ -2,84 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 
-from conformance.compare import WrongError, arrays_of, as_arrays, as_tensors, compare, leaves_of
+from conformance import batches
+from conformance.compare import WrongError, as_arrays, as_tensors, compare, leaves_of
+from conformance.converted import Converted, Unchanged, Way
 from conformance.exceptions import BACKEND
 from conformance.oracle import Differentiable, TorchCannotError, is_random, values
-from conformance.samples import Call
-from pytorch2jax import _eager, torch2jax
-
-Way = Callable[[Callable[..., Any]], Callable[..., Any]]
-"""What is done to a JAX function before it is called: `jax.jit`, or `eagerly`."""
-
-_KEY = 7
-_BATCH = (1.0, 0.9, 1.1)
-"""Each example of a batch is the sample times one of these, where it is floating point."""
-
-
-class Converted:
-    """A call in JAX.
-
-    Args:
-        call: the call.
-        key: whether it draws random numbers, and gets a key.
-    """
-
-    def __init__(self, call: Call, *, key: bool = False) -> None:
-        self.call, self._options = call, {"rng": jax.random.key(_KEY)} if key else {}
-        self._function = torch2jax(call.fn, backend=BACKEND)
-
-    def __call__(self, *arrays: Any, **options: Any) -> list[Any]:
-        args, kwargs = self.call.arguments(arrays)
-        return arrays_of(self._function(*args, **kwargs, **self._options, **options))
-
-    def of_active(self, arrays: Sequence[Any]) -> Callable[..., list[Any]]:
-        """The same as a function of the active inputs, with the outputs that have derivatives."""
-
-        def function(*active: Any) -> list[Any]:
-            inputs = list(arrays)
-            for position, array in zip(self.call.active, active, strict=True):
-                inputs[position] = array
-            return [output for output in self(*inputs) if jnp.issubdtype(output.dtype, jnp.inexact)]
-
-        return function
-
-
-def eagerly(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function outside of `jax.jit`, past XLA: on tensors and arrays that share their memory."""
-
-    def run(*args: Any) -> Any:
-        limit, _eager._LARGE_BYTES = _eager._LARGE_BYTES, -1
-        try:
-            return function(*args)
-        finally:
-            _eager._LARGE_BYTES = limit
-
-    return run
-
-
-class Unchanged:
-    """Within this context nobody may write to these arrays."""
-
-    def __init__(self, arrays: Sequence[jax.Array]) -> None:
-        self._arrays = arrays
-
-    def __enter__(self) -> None:
-        self._before = [np.array(array) for array in self._arrays]
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is not None:
-            return
-        for index, (array, before) in enumerate(zip(self._arrays, self._before, strict=True)):
-            if np.asarray(array).tobytes() != before.tobytes():
-                raise WrongError(f"the JAX array of input {index} has changed")
+from conformance.samples import PAIRED, Call
+from pytorch2jax import Pytorch2JaxError
 
 
 def forward(op: Any, call: Call, way: Way) -> None:
@@ -216,82 +152,19 @@ def _certain(call: Call) -> Differentiable:
     return Differentiable(call)
 
 
-def batch(op: Any, call: Call, way: Way) -> None:
-    """`jax.vmap`, with all arguments batched, and with the first one only."""
-    if is_random(call):
-        return _batch_of_keys(call, way)
-    if not call.tensors or "empty" in op.name:
-        raise TorchCannotError("nothing to compare")
-    function = Converted(call)
-    for batched in {len(call.tensors), 1}:
-        examples = _examples(call, range(batched))
-        expected = _stacked([leaves_of(values(call, example)) for example in examples])
-        arrays = as_arrays(_batched(examples, range(batched)))
-        axes = tuple(0 if i < batched else None for i in range(len(arrays)))
-        with Unchanged(arrays):
-            got = way(jax.vmap(function, in_axes=axes))(*arrays)
-        compare(f"vmap of {batched} arguments", got, expected)
-    return None
-
-
-def _batch_of_keys(call: Call, way: Way) -> None:
-    """A random function with a key for each example, and with one key for all of them, gives what a loop gives."""
-    arrays, keys = as_arrays(call.tensors), jax.random.split(jax.random.key(_KEY), len(_BATCH))
-    converted = Converted(call)
-
-    def draw(key: Any, *arrays: Any) -> list[Any]:
-        return converted(*arrays, rng=key)
-
-    rows = [as_tensors(draw(key, *arrays)) for key in keys]
-    expected = _stacked(rows)
-    compare("vmap over keys", way(jax.vmap(draw, in_axes=(0, *(None for _ in arrays))))(keys, *arrays), expected)
-    if call.tensors:
-        copies = [jnp.stack([array] * len(_BATCH)) for array in arrays]
-        expected = _stacked([rows[0]] * len(_BATCH))
-        got = way(jax.vmap(draw, in_axes=(None, *(0 for _ in arrays))))(keys[0], *copies)
-        compare("vmap with one key", got, expected)
-
-
-def batch_of_gradients(op: Any, call: Call, way: Way) -> None:
-    """`jax.vmap` of a gradient, for each example its own."""
-    if is_random(call):
-        raise TorchCannotError("random")
-    examples = _examples(call, call.active)
-    torchs = [Differentiable(call, example) for example in examples]
-    expected = _stacked([t.reverse() for t in torchs])
-    arrays = as_arrays(_batched(examples, call.active))
-    primals = [arrays[i] for i in call.active]
-    cotangents = as_arrays(_stacked([t.cotangents for t in torchs]))
-    converted = Converted(call)
-
-    def pull(primals: Any, cotangents: Any) -> Any:
-        return jax.vjp(converted.of_active(arrays), *primals)[1](cotangents)
-
-    with Unchanged([*arrays, *cotangents]):
-        compare("vmap of vjp", way(jax.vmap(pull))(primals, cotangents), expected)
-
-
-def _examples(call: Call, batched: Sequence[int]) -> list[list[torch.Tensor]]:
-    return [
-        [
-            t * f if i in batched and (t.is_floating_point() or t.is_complex()) else t.clone()
-            for i, t in enumerate(tensors)
-        ]
-        for f in _BATCH
-        for tensors in [call.tensors]
-    ]
-
-
-def _batched(examples: list[list[torch.Tensor]], batched: Sequence[int]) -> list[torch.Tensor]:
-    columns = zip(*examples, strict=True)
-    return [torch.stack(column) if i in batched else column[0] for i, column in enumerate(columns)]
-
-
-def _stacked(rows: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+def pair_of_dtypes(op: Any, call: Call, way: Way) -> None:
+    """Arguments of any two dtypes: JAX has what torch has, and refuses what torch refuses."""
     try:
-        return [torch.stack(column) for column in zip(*rows, strict=True)]
-    except RuntimeError as error:
-        raise TorchCannotError("each example has another shape") from error
+        random = is_random(call)
+        expected = leaves_of(values(call))
+    except TorchCannotError as refusal:
+        try:
+            way(Converted(call))(*as_arrays(call.tensors))
+        except (Pytorch2JaxError, jax.errors.JaxRuntimeError):
+            return
+        raise WrongError(f"a result, and torch says {refusal}") from refusal
+    got = way(Converted(call, key=random))(*as_arrays(call.tensors))
+    compare("output", got, expected, values=not random and "empty" not in op.name)
 
 
 _FORWARD = (torch.float32, torch.int64, torch.bool, torch.bfloat16, torch.complex64)
@@ -307,9 +180,25 @@ CHECKS: dict[str, tuple[Callable[[Any, Call, Way], None], tuple[torch.dtype, ...
     "reverse": (reverse, _PRECISE),
     "forward mode": (forward_mode, _PRECISE),
     "second order": (second, _PRECISE),
-    "vmap": (batch, (torch.float64, torch.int64, torch.bool)),
-    "vmap of gradients": (batch_of_gradients, (torch.float64,)),
+    "vmap": (batches.batch, batches.DTYPES),
+    "vmap of gradients": (batches.batch_of_gradients, (torch.float64,)),
+    "vmap twice": (batches.batch_of_batches, batches.DTYPES),
+    "vmap of jacrev": (batches.jacrev, (torch.float64,)),
+    "vmap of jacfwd": (batches.jacfwd, (torch.float64,)),
+    "vmap of hessian": (batches.hessian, (torch.float64,)),
+    "pairs of dtypes": (pair_of_dtypes, PAIRED if BACKEND == "xla" else ()),  # else, the kernels are torch's own
 }
 """Each check with the dtypes that it is made in, where the operator has them."""
 
-DERIVATIVES = ("reverse", "forward mode", "second order", "vmap of gradients")
+DERIVATIVES = (
+    "reverse",
+    "forward mode",
+    "second order",
+    "vmap of gradients",
+    "vmap of jacrev",
+    "vmap of jacfwd",
+    "vmap of hessian",
+)
+
+IN_MANY_WAYS = ("vmap twice", "vmap of jacrev", "vmap of jacfwd", "vmap of hessian", "pairs of dtypes")
+"""These run each sample many times, and outside of `jax.jit` alone."""

@@ -40,7 +40,7 @@ class Known(NamedTuple):
         )
 
 
-_SECOND = ("second order",)
+_SECOND = ("second order", "vmap of hessian")
 
 _TORCH = (
     Known(
@@ -60,7 +60,7 @@ _TORCH = (
         "refused",
         "The output is sparse.",
         ("to_sparse",),
-        ("forward", "narrow", "vmap"),
+        ("forward", "narrow", "vmap", "vmap twice"),
     ),
     Known("refused", "The output is complex32, which JAX does not have.", ("chalf",)),
     Known(
@@ -82,6 +82,18 @@ _TORCH = (
         "reverse is 0 there.",
         ("linalg.norm.subgradients_at_zero", "masked.logaddexp"),
         _SECOND,
+    ),
+    Known(
+        "failed",
+        "Integers whose values are unknown are tried out as zeros, and no weights may be that: `output_shapes` helps.",
+        ("cov",),
+        ("vmap twice",),
+    ),
+    Known(
+        "refused",
+        "Of a pseudo-inverse of no matrices, `torch.vmap` loses the batch.",
+        ("linalg.pinv",),
+        ("vmap twice",),
     ),
 )
 

@@ -6,7 +6,7 @@ import collections
 import importlib.metadata
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,16 @@ cannot do is not counted.
 """
 
 
-def describe(samples: int) -> dict[str, Any]:
-    """With what the results are made."""
+def describe(samples: int, checks: Sequence[str] = ()) -> dict[str, Any]:
+    """With what the results are made; `checks` are those that were chosen, if not all are made."""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "torch")}
     versions = {"pytorch2jax": pytorch2jax.__version__, **versions, "Python": platform.python_version()}
-    return {"backend": BACKEND, "versions": versions, "samples": samples}
+    return {
+        "backend": BACKEND,
+        "versions": versions,
+        "samples": samples,
+        **({"checks": list(checks)} if checks else {}),
+    }
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -83,7 +88,8 @@ def complaints(results: dict[str, Any]) -> list[str]:
         # With fewer samples, those that fail may not be among them.
         if (worst == "failed" and all(k.verdict != "failed" for k in known)) or (worst == "refused" and not known):
             found.append(f"{', '.join(address)}: {worst}: {outcome['message']}")
-    for number, entry in enumerate(KNOWN if results["made_with"]["samples"] >= SAMPLES else ()):
+    everything = results["made_with"]["samples"] >= SAMPLES and not results["made_with"].get("checks")
+    for number, entry in enumerate(KNOWN if everything else ()):
         for operator in entry.operators:
             tried = operator in results["operators"] and entry.verdict != "skipped"
             if tried and (number, operator) not in used:

@@ -23,7 +23,7 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,8 @@ _OPERATORS_PER_PROCESS = 100  # XLA's executables add up
 class Worker:
     """A process that checks operators."""
 
-    def __init__(self, count: int) -> None:
-        command = [sys.executable, "-m", "conformance.worker", str(count)]
+    def __init__(self, count: int, checks: Sequence[str] = ()) -> None:
+        command = [sys.executable, "-m", "conformance.worker", str(count), *checks]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self._process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)  # type: ignore[call-overload]
         self.operators: list[str] = json.loads(self._process.stdout.readline())["operators"]
@@ -68,12 +68,14 @@ class Worker:
         self._process.wait()
 
 
-def check_all(operators: list[str], count: int, n_processes: int, keep: Callable[[str, dict[str, Any]], None]) -> None:
+def check_all(
+    operators: list[str], start: Callable[[], Worker], n_processes: int, keep: Callable[[str, dict[str, Any]], None]
+) -> None:
     """Check operators in several processes.
 
     Args:
         operators: their names.
-        count: how many samples for each check and dtype.
+        start: makes a worker.
         n_processes: how many.
         keep: is called with each name and answer, by one thread at a time.
     """
@@ -87,7 +89,7 @@ def check_all(operators: list[str], count: int, n_processes: int, keep: Callable
         with contextlib.suppress(queue.Empty):
             while True:
                 operator = waiting.get_nowait()
-                worker = worker or Worker(count)
+                worker = worker or start()
                 answer = worker.check(operator)
                 with lock:
                     keep(operator, answer)
@@ -118,6 +120,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m conformance.run", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--operator", action="append", metavar="NAME", help="only this; repeatable")
+    parser.add_argument("--check", action="append", default=[], metavar="NAME", help="only this; repeatable")
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="only every Nth operator, from the Ith on")
     parser.add_argument("--missing", action="store_true", help="only operators without a result yet")
     parser.add_argument("--samples", type=int, default=report.SAMPLES, help="at most so many for each check and dtype")
@@ -145,7 +148,7 @@ def main() -> None:
     if not options.report:
         everything = names()
         operators = chosen(options, everything)
-        described = report.describe(options.samples)
+        described = report.describe(options.samples, options.check)
         if results.get("made_with") != described:
             results = {"made_with": described, "operators": {}}
         answers = results["operators"]
@@ -159,7 +162,7 @@ def main() -> None:
             if next(kept) % _SAVED_EVERY == 0:
                 report.save(options.output, results)
 
-        check_all(operators, options.samples, options.processes, keep)
+        check_all(operators, lambda: Worker(options.samples, options.check), options.processes, keep)
         results["operators"] = {name: answers[name] for name in everything if name in answers}
         report.save(options.output, results)
     (options.output / report.MARKDOWN_NAME).write_text(report.markdown(results))

@@ -35,6 +35,19 @@ OPERATORS = {f"{op.name}.{op.variant_test_name}" if op.variant_test_name else op
 """Torch's operators by their names; several entries for one operator have the variant in the name."""
 
 
+PAIRED = (
+    torch.bool,
+    torch.uint8,
+    torch.int32,
+    torch.int64,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.complex64,
+)
+"""Dtypes that arguments are given in any two of."""
+
+
 class Call:
     """A torch function with arguments that are tensors and other values.
 
@@ -64,6 +77,11 @@ class Call:
         """The same arguments for another function."""
         args, kwargs = self.arguments([t.clone().requires_grad_(i in self.active) for i, t in enumerate(self.tensors)])
         return Call(fn, args, kwargs)
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> Call:
+        """The same function of other tensors, of which none has derivatives."""
+        args, kwargs = self.arguments(tensors)
+        return Call(self.fn, args, kwargs)
 
     def run(self, values: Sequence[torch.Tensor] | None = None) -> Any:
         """What torch returns, for other tensors or for copies of its own."""
@@ -111,6 +129,23 @@ def calls(op: Any, dtype: torch.dtype, count: int, *, derivatives: bool = False)
         chosen.append(call)
         seen |= features
     return chosen
+
+
+def pairs(op: Any, dtype: torch.dtype, count: int) -> list[Call]:
+    """Calls whose first tensor has this dtype, while the others have another, each of `PAIRED` in turn.
+
+    The kinds of dtype that torch would not make samples of are what these are for. So the numbers are those of a sample
+    in single precision, or in another dtype that the operator has.
+    """
+    supported = op.supported_dtypes("cpu")
+    usual = next((d for d in (torch.float32, torch.int64, torch.bool, torch.complex64) if d in supported), None)
+    made = []
+    for call in calls(op, usual, count) if usual else ():
+        kinds = PAIRED if len(call.tensors) > 1 else (dtype,)
+        made += [
+            call.with_tensors([t.to(dtype if i == 0 else kind) for i, t in enumerate(call.tensors)]) for kind in kinds
+        ]
+    return made
 
 
 def _all_samples(op: Any, dtype: torch.dtype, derivatives: bool) -> Iterator[Any]:

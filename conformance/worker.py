@@ -1,6 +1,6 @@
 """A process that checks operators, told by its parent which, one at a time.
 
-    python -m conformance.worker COUNT
+    python -m conformance.worker COUNT [CHECK ...]
 
 Its first line of JSON has the names of all operators. It then reads names as lines and answers each with a line of
 JSON: the outcomes, and how long it took. What libraries print
@@ -17,15 +17,16 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import torch
 
 from conformance import samples
-from conformance.checks import CHECKS, DERIVATIVES, eagerly
+from conformance.checks import CHECKS, DERIVATIVES, IN_MANY_WAYS
 from conformance.compare import WrongError
+from conformance.converted import eagerly
 from conformance.exceptions import skipped
 from conformance.families import SEEN
 from conformance.oracle import TorchCannotError
@@ -60,12 +61,13 @@ class Outcome:
     message: str = ""
 
 
-def check_operator(name: str, count: int) -> list[Outcome]:
+def check_operator(name: str, count: int, checks: Collection[str] = tuple(CHECKS)) -> list[Outcome]:
     """Check one operator.
 
     Args:
         name: of the operator.
         count: how many samples for each check and dtype.
+        checks: which of the checks.
 
     Returns:
         The outcomes of what torch itself can do.
@@ -75,11 +77,11 @@ def check_operator(name: str, count: int) -> list[Outcome]:
     take = functools.cache(functools.partial(_calls, op, count))
     for check, (function, dtypes) in CHECKS.items():
         for dtype in dtypes:
-            if not _has(op, check, dtype) or skipped(name, check, _short(dtype)):
+            if check not in checks or not _has(op, check, dtype) or skipped(name, check, _short(dtype)):
                 continue
             outcome = Outcome(name, check, _short(dtype))
-            for number, call in enumerate(take(dtype, check in DERIVATIVES)):
-                for way in (eagerly, jax.jit) if number == 0 else (eagerly,):
+            for number, call in enumerate(take(dtype, _kind(check))):
+                for way in (eagerly, jax.jit) if number == 0 and check not in IN_MANY_WAYS else (eagerly,):
                     _count(outcome, functools.partial(function, op, call, way), call)
             if outcome.passed or outcome.refused or outcome.failed:
                 outcomes.append(outcome)
@@ -93,20 +95,29 @@ def _short(dtype: torch.dtype) -> str:
 def _has(op: Any, check: str, dtype: torch.dtype) -> bool:
     """Whether torch has this for an operator."""
     supported = op.supported_dtypes("cpu")
-    if check == "vmap" and dtype is not torch.float64 and torch.float64 in supported:
+    if check == "pairs of dtypes":
+        return True  # what torch does not have is of interest as well
+    if check in ("vmap", "vmap twice") and dtype is not torch.float64 and torch.float64 in supported:
         return False
     if check in DERIVATIVES:
-        second = check != "second order" or op.supports_gradgrad
+        second = check not in ("second order", "vmap of hessian") or op.supports_gradgrad
         return bool(op.supports_autograd and second and dtype in op.supported_backward_dtypes("cpu"))
     return dtype in supported
 
 
-def _calls(op: Any, count: int, dtype: torch.dtype, derivatives: bool) -> list[samples.Call]:
+def _kind(check: str) -> str:
+    """Which samples a check takes."""
+    return "pairs" if check == "pairs of dtypes" else "derivatives" if check in DERIVATIVES else "values"
+
+
+def _calls(op: Any, count: int, dtype: torch.dtype, kind: str) -> list[samples.Call]:
     try:
-        calls = samples.calls(op, dtype, count, derivatives=derivatives)
+        if kind == "pairs":
+            return samples.pairs(op, dtype, 1)
+        calls = samples.calls(op, dtype, count, derivatives=kind == "derivatives")
     except Exception:  # torch cannot make its own samples, which need more than is here
         return []
-    return [call for call in calls if call.active or not derivatives]
+    return [call for call in calls if call.active or kind != "derivatives"]
 
 
 def _count(outcome: Outcome, function: Callable[[], None], call: samples.Call) -> None:
@@ -148,7 +159,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     jax.config.update("jax_enable_x64", True)
     torch.set_num_threads(1)
-    count = int(sys.argv[1])
+    count, checks = int(sys.argv[1]), sys.argv[2:] or list(CHECKS)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     print(json.dumps({"operators": list(samples.OPERATORS)}), file=answers, flush=True)
@@ -157,7 +168,7 @@ def main() -> None:
         SEEN.begin()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", BridgedWarning)
-            outcomes = check_operator(line.strip(), count)
+            outcomes = check_operator(line.strip(), count, checks)
         answer = {"outcomes": list(map(dataclasses.asdict, outcomes)), "bridged": bridged_in(caught)}
         answer |= {"families": sorted(SEEN.families), "error": float(f"{SEEN.error:.2g}")}
         print(json.dumps({**answer, "seconds": round(time.perf_counter() - start, 2)}), file=answers, flush=True)

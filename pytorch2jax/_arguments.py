@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from pytorch2jax._containers import flatten_arguments
 from pytorch2jax._dtypes import dtype_j2t
 from pytorch2jax._errors import LeafTypeError
 from pytorch2jax._transfer import as_array
@@ -48,7 +49,7 @@ def take_apart(call: str, args: Any, kwargs: Any) -> Arguments:
     """
     if not kwargs and all(isinstance(arg, jax.Array) for arg in args):
         return _plain(len(args))._replace(arrays=list(args))
-    leaves, treedef = jax.tree.flatten((args, kwargs))
+    leaves, treedef = flatten_arguments((args, kwargs))
     positions: list[int] = []
     arrays: list[Any] = []
     for index, leaf in enumerate(leaves):

@@ -17,6 +17,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from pytorch2jax._autograd_functions import NoticedFunctions, noticed_functions
+from pytorch2jax._containers import CONSTANTS
 from pytorch2jax._control_flow import RUN, TRIED, Noticed
 from pytorch2jax._destination import Maker
 from pytorch2jax._dtypes import canonical_dtype_t2j, dtype_j2t
@@ -25,7 +26,7 @@ from pytorch2jax._internals import fake_tensor_mode, operators_on_functions
 from pytorch2jax._questions import CodeThatRuns, Question
 from pytorch2jax._torch_state import forked_generators, host_generators
 from pytorch2jax._tracking import Exposure, Forgotten, Tracker, holders_of, storage_of
-from pytorch2jax._trees import CONSTANTS, OutputTree, flatten_output, output_paths, static_outputs, tensors_in
+from pytorch2jax._trees import OutputTree, flatten_output, output_paths, static_outputs, tensors_in
 
 
 class Spec(NamedTuple):

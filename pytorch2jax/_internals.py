@@ -85,7 +85,6 @@ __all__ = [
     "is_inside_autograd_function",
     "is_python_thread",
     "is_symbolic",
-    "is_torch_node",
     "is_turning_grad_off",
     "is_under_dual_level",
     "jit_disabled",
@@ -775,21 +774,17 @@ def outside_of_torch_compile(function: _Function) -> _Function:
     return function
 
 
-def is_torch_node(value: Any) -> bool:
-    """Whether `value` is an inner node of a torch pytree."""
-    return torch_pytree._get_node_type(value) in torch_pytree.SUPPORTED_NODES
+def torch_node_type(value: Any, cls: type | None = None) -> Any:
+    """The key under which torch's pytree registry knows a value, or one of another class; None if it does not."""
+    key = cls or torch_pytree._get_node_type(value)
+    return key if key in torch_pytree.SUPPORTED_NODES else None
 
 
-def flatten_torch_node(value: Any) -> tuple[list[Any], Any]:
+def flatten_torch_node(node_type: Any, value: Any) -> tuple[list[Any], Any]:
     """The children of one torch pytree node, and the context that rebuilds it."""
-    return torch_pytree.SUPPORTED_NODES[torch_pytree._get_node_type(value)].flatten_fn(value)
+    return torch_pytree.SUPPORTED_NODES[node_type].flatten_fn(value)
 
 
 def unflatten_torch_node(node_type: Any, children: list[Any], context: Any) -> Any:
-    """The inverse of `flatten_torch_node`; `node_type` is the type of the value that was flattened."""
+    """The inverse of `flatten_torch_node`."""
     return torch_pytree.SUPPORTED_NODES[node_type].unflatten_fn(children, context)
-
-
-def torch_node_type(value: Any) -> Any:
-    """The key under which torch's pytree registry knows `value`."""
-    return torch_pytree._get_node_type(value)

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import torch
 
+from pytorch2jax._containers import flatten_arguments
 from pytorch2jax._dtypes import dtype_t2j
 from pytorch2jax._errors import LeafTypeError, NarrowingWarning
 from pytorch2jax._forks import check_process
@@ -22,7 +23,7 @@ from pytorch2jax._jax_call import Call, has_derivatives, run
 from pytorch2jax._jax_program import FlatFunction
 from pytorch2jax._nesting import check_not_inside_torch
 from pytorch2jax._transfer import as_array
-from pytorch2jax._trees import is_static, register_torch_nodes, static_key
+from pytorch2jax._trees import is_static, static_key
 
 
 def jax2torch(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -125,9 +126,7 @@ class JaxFunction:
 
     def _bind(self, args: Any, kwargs: Any) -> tuple[FlatFunction, list[Any]]:
         """The program for arguments like these, and their tensors and arrays."""
-        leaves, treedef = jax.tree.flatten((args, kwargs))
-        if register_torch_nodes(leaves):
-            leaves, treedef = jax.tree.flatten((args, kwargs))
+        leaves, treedef = flatten_arguments((args, kwargs))
         positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) or not is_static(leaf)]
         inputs = [leaves[i] for i in positions]
         for position in positions:

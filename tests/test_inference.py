@@ -133,7 +133,7 @@ def test_hugging_face_outputs_pass_through_jit():
     ids = np.array([[1, 2, 3], [4, 5, 6]])
     out = jax.jit(lambda p, i: apply(p, input_ids=i, output_hidden_states=True))(params, jnp.asarray(ids))
     expected = model(torch.from_numpy(ids), output_hidden_states=True)
-    assert type(out) is type(expected)
+    assert out.__class__ is type(expected)
     assert out.keys() == expected.keys()
     np.testing.assert_allclose(out.last_hidden_state, expected.last_hidden_state.detach(), rtol=1e-5, atol=1e-6)
     assert len(out.hidden_states) == 3
