@@ -49,7 +49,14 @@ def arrays_of(value: Any) -> list[jax.Array]:
     return [leaf for leaf in jax.tree.leaves(value) if isinstance(leaf, (jax.Array, np.ndarray))]
 
 
-def compare(what: str, got: Sequence[Any], expected: Sequence[torch.Tensor], *, values: bool = True) -> None:
+def compare(
+    what: str,
+    got: Sequence[Any],
+    expected: Sequence[torch.Tensor],
+    *,
+    values: bool = True,
+    among: Sequence[torch.Tensor] = (),
+) -> None:
     """Compare arrays with tensors: number, dtypes, shapes and values.
 
     Args:
@@ -57,6 +64,7 @@ def compare(what: str, got: Sequence[Any], expected: Sequence[torch.Tensor], *, 
         got: arrays.
         expected: tensors.
         values: False where these are arbitrary.
+        among: tensors of other dtypes that went in: a result is no more precise than the least precise of them.
 
     Raises:
         WrongError: something differs.
@@ -68,15 +76,17 @@ def compare(what: str, got: Sequence[Any], expected: Sequence[torch.Tensor], *, 
         if ours != theirs:
             raise WrongError(f"{what}: {index}: {ours}, torch has {theirs}")
         if values:
-            _compare_values(f"{what}: {index}", array, tensor)
+            _compare_values(f"{what}: {index}", array, tensor, among)
 
 
-def _compare_values(what: str, array: Any, tensor: torch.Tensor) -> None:
+def _compare_values(what: str, array: Any, tensor: torch.Tensor, among: Sequence[torch.Tensor]) -> None:
     left, right = np.asarray(array), numbers(tensor)
     if left.dtype != right.dtype:  # a small float
         left = left.astype(right.dtype)
-    single = BACKEND == "xla" and tensor.dtype in (torch.float32, torch.complex64)
-    rtol, atol = (SEEN.tolerance, SEEN.tolerance / 10) if single else TOLERANCES.get(tensor.dtype, (0.0, 0.0))
+    dtypes = [t.dtype for t in (tensor, *among) if t.dtype in TOLERANCES] if tensor.dtype in TOLERANCES else []
+    dtype = max(dtypes, key=lambda dtype: TOLERANCES[dtype], default=tensor.dtype)
+    single = BACKEND == "xla" and dtype in (torch.float32, torch.complex64)
+    rtol, atol = (SEEN.tolerance, SEEN.tolerance / 10) if single else TOLERANCES.get(dtype, (0.0, 0.0))
     with np.errstate(all="ignore"):
         # Small numbers beside large ones are mostly differences of these.
         scale = max(1.0, float(np.abs(right, where=np.isfinite(right), out=np.zeros(right.shape)).max(initial=0.0)))

@@ -40,6 +40,7 @@ class Known(NamedTuple):
         )
 
 
+_PAIRS = "pairs of dtypes"
 _SECOND = ("second order", "vmap of hessian")
 
 _TORCH = (
@@ -101,6 +102,57 @@ _TORCH = (
 _XLA: tuple[Known, ...] = (
     Known(
         "refused",
+        "For arguments of several dtypes, torch's fake tensors tell another dtype of the result than its kernel has. "
+        "`output_shapes` says which.",
+        (
+            "_batch_norm_with_update",
+            "_native_batch_norm_legit",
+            "_softmax_backward_data",
+            "ldexp",
+            "native_batch_norm",
+            "native_dropout_backward",
+            "native_group_norm",
+            "native_layer_norm",
+            "nn.functional.huber_loss",
+            "nn.functional.soft_margin_loss",
+            "normal",
+        ),
+        (_PAIRS,),
+    ),
+    Known(
+        "refused",
+        "Fake tensors do not take bytes for conditions, masks or classes: convert them (`x.bool()`, `x.long()`).",
+        (
+            "_unsafe_masked_index",
+            "_unsafe_masked_index_put_accumulate",
+            "nn.functional.cross_entropy",
+            "nn.functional.nll_loss",
+            "where",
+        ),
+        (_PAIRS,),
+    ),
+    Known(
+        "refused",
+        "It computes its gradients together with its value, and torch has no kernel for those.",
+        ("nn.functional.linear_cross_entropy.chunked", "nn.functional.linear_cross_entropy.chunked_none"),
+        (_PAIRS,),
+        ("bfloat16",),
+    ),
+    Known(
+        "refused",
+        "Whether anything is left by the mask is a value, which a graph does not have.",
+        ("masked.median",),
+        (_PAIRS,),
+    ),
+    Known(
+        "failed",
+        "The imaginary part of an infinite loss is arbitrary.",
+        ("nn.functional.soft_margin_loss",),
+        (_PAIRS,),
+        ("complex64",),
+    ),
+    Known(
+        "refused",
         "The shape of the output depends on values, which XLA has to know before.",
         (
             "argwhere",
@@ -137,21 +189,21 @@ _XLA: tuple[Known, ...] = (
         "failed",
         "Which of equal elements comes first is not defined, and torch's choice is its algorithm's.",
         ("argsort", "kthvalue", "sort", "topk"),
-        ("forward", "narrow"),
-        ("bfloat16", "bool", "int64"),
+        ("forward", "narrow", _PAIRS),
+        ("bfloat16", "bool", "uint8", "int32", "int64"),
     ),
     Known(
         "failed",
         "Eigenvectors have any sign. Of a matrix that is given by its upper triangle, jaxlib's LAPACK finds others "
         "than torch's.",
         ("linalg.eigh",),
-        ("forward", "narrow", "vmap"),
+        ("forward", "narrow", "vmap", "vmap twice", _PAIRS),
     ),
     Known(
         "failed",
         "Torch's own matrix exponential is NaN in half precision.",
         ("matrix_exp",),
-        ("forward",),
+        ("forward", _PAIRS),
         ("bfloat16",),
     ),
     Known(

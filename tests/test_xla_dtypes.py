@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import jax
@@ -133,3 +134,59 @@ def test_the_message_has_the_line_and_what_torch_says():
 
     with pytest.raises(CaptureError, match="test_xla_dtypes.py:.*# here"):
         jax.jit(torch2jax(fn, backend="xla"))(jnp.ones((2, 2), jnp.bfloat16), jnp.ones((2, 2), jnp.float32))
+
+
+IMAGE = torch.tensor([[[[10, 250], [200, 30]]]], dtype=torch.uint8)
+MASK = torch.tensor([True])
+BYTES = {
+    "bilinear": (lambda x: F.interpolate(x, (3, 3), mode="bilinear"), IMAGE),
+    "bilinear with corners": (lambda x: F.interpolate(x, (3, 3), mode="bilinear", align_corners=True), IMAGE),
+    "bicubic": (lambda x: F.interpolate(x, (3, 3), mode="bicubic"), IMAGE),
+    "antialiased": (lambda x: F.interpolate(x, (3, 3), mode="bilinear", antialias=True), IMAGE),
+    "nearest": (lambda x: F.interpolate(x, (3, 3)), IMAGE),
+    "floats written to bytes": (lambda x, y: x.clone().copy_(y), IMAGE[0, 0], torch.tensor([-1.5, 300.0])),
+    "floats in a slice of bytes": (
+        lambda x, y: x.slice_scatter(y, 0, 0, 1),
+        IMAGE[0, 0],
+        torch.tensor([[-1.5, 300.0]]),
+    ),
+    "a number that does not fit": (lambda x: torch.full_like(x, -8.4), IMAGE),
+    "a mask of another shape": (lambda x, m: x.index_put((m,), x[0, 0, 0]), IMAGE, MASK),
+    "a mask in bytes": (lambda x, m: x.index_put((m,), x[0]), IMAGE[0, 0], torch.tensor([0, 1], dtype=torch.uint8)),
+    "floats as indices": (lambda x, i: x.index_select(0, i), torch.ones(3), torch.ones(2)),
+    "bits of floats": (torch.bitwise_and, torch.ones(3), torch.ones(3)),
+    "a triangle and bools": (
+        lambda a, b: torch.linalg.solve_triangular(a, b, upper=True),
+        torch.ones(2, 2),
+        torch.ones(2, 2, dtype=torch.bool),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", list(BYTES))
+def test_bytes_masks_and_indices(name):
+    assert agrees(BYTES[name][0], *BYTES[name][1:]) is None
+
+
+def test_nothing_of_a_dtype_says_nothing_about_something():
+    """Torch's kernels refuse no dtype where there are no elements."""
+    pool = torch2jax(lambda x: F.adaptive_avg_pool2d(x, (5, 7)), backend="xla")
+    assert pool(jnp.ones((0, 8, 8, 8), jnp.float32)).shape == (0, 8, 5, 7)
+    for shape in ((0, 8, 8, 8), (1, 8, 8, 8)):
+        with pytest.raises(CaptureError, match="not implemented for 'Int'") if shape[0] else contextlib.nullcontext():
+            pool(jnp.ones(shape, jnp.int32))
+
+
+def test_dtypes_that_fake_tensors_get_wrong():
+    """`native_layer_norm` of half precision with single-precision weights has its statistics in single precision."""
+    x = torch.linspace(-1, 1, 6, dtype=torch.bfloat16).reshape(2, 3)
+
+    def fn(x, weight):
+        out, mean, rstd = torch.native_layer_norm(x, (3,), weight, weight, 1e-5)
+        return out.float() + mean * rstd
+
+    expected = fn(x, torch.ones(3))
+    found = torch2jax(fn, backend="xla")(t2j(x, copy=True), jnp.ones(3, jnp.float32))
+    assert str(found.dtype) == "float32"
+    np.testing.assert_allclose(found, expected, rtol=1e-2)

@@ -1,7 +1,8 @@
 """Which combinations of dtypes an operator takes: torch's kernels are asked.
 
 Fake tensors check shapes, and hardly any dtypes: to them, an integer matrix times a float one is a matrix of integers,
-where torch has no such kernel. So each operator is run on real tensors, once for each combination of dtypes.
+where torch has no such kernel; and for some operators on several dtypes they have other dtypes than the kernel. So each
+operator is run on real tensors, once for each combination of dtypes.
 """
 
 from __future__ import annotations
@@ -9,36 +10,48 @@ from __future__ import annotations
 import functools
 import math
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from pytorch2jax._internals import torch_pytree
 from pytorch2jax.xla._internals import OpOverload, outside_of_modes
 
-_USUAL = ({torch.float32}, {torch.float64})  # for which every operator has a kernel
-_FEW_ELEMENTS = 1 << 20  # with which an operator takes no time
+_FEW_ELEMENTS = 1 << 18  # with which an operator takes no time
 _ABOUT_DTYPES = re.compile(
     r"dtype|scalar type|data type|not implemented for|same type|tensor type|type promotion|integral|integer|floating|"
-    r"complex|boolean|\b(Float|Double|Half|BFloat16|Int|Long|Short|Char|Byte|Bool)\b",
+    r"complex|boolean|without overflow|\b(Float|Double|Half|BFloat16|Int|Long|Short|Char|Byte|Bool)\b",
     re.IGNORECASE,
 )
-_ANSWERS: dict[Any, str | None] = {}
 
 
 class NoKernelError(RuntimeError):
     """What torch itself would raise for these dtypes."""
 
 
-def refusal(func: OpOverload, args: Any, kwargs: Any) -> str | None:
-    """What torch says where it has no kernel for an operator with arguments of these dtypes; None if it has one."""
+class Answer(NamedTuple):
+    """What torch does with arguments of some dtypes.
+
+    Attributes:
+        refusal: what it says where it has no kernel for them; None if it has one.
+        dtypes: those of its results, None for what is no tensor. Empty if it could not be asked.
+    """
+
+    refusal: str | None = None
+    dtypes: tuple[torch.dtype | None, ...] = ()
+
+
+_UNKNOWN = Answer()
+_ANSWERS: dict[Any, Answer] = {}
+
+
+def ask(func: OpOverload, args: Any, kwargs: Any) -> Answer:
+    """Ask torch, or remember what it said, what an operator does with arguments of these dtypes."""
     leaves, tree = torch_pytree.tree_flatten((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    if not tensors or {t.dtype for t in tensors} in _USUAL:
-        return None
-    if any(t.layout is not torch.strided for t in tensors):
-        return None
-    key = (func, tree, tuple(map(_kind, leaves)))
+    if not tensors or any(t.layout is not torch.strided for t in tensors):
+        return _UNKNOWN
+    key = (func, tree, torch.get_default_dtype(), tuple(map(_kind, leaves)))
     if key not in _ANSWERS:
         _ANSWERS[key] = _answer(func, leaves, tree)
     return _ANSWERS[key]
@@ -47,21 +60,24 @@ def refusal(func: OpOverload, args: Any, kwargs: Any) -> str | None:
 def _kind(leaf: Any) -> Any:
     """What matters of an argument."""
     if isinstance(leaf, torch.Tensor):
-        return leaf.dtype, min(leaf.dim(), 1)
+        return leaf.dtype, min(leaf.dim(), 1), 0 in leaf.shape  # some kernels look at nothing where there is nothing
+    if isinstance(leaf, int) and not isinstance(leaf, bool):
+        return int, min(max(leaf, -1), 2)
     return leaf if isinstance(leaf, (torch.dtype, bool, str)) else type(leaf)
 
 
-def _answer(func: OpOverload, leaves: list[Any], tree: Any) -> str | None:
+def _answer(func: OpOverload, leaves: list[Any], tree: Any) -> Answer:
     n_elements = sum(math.prod(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor))
     real = functools.partial(_real, shorten=n_elements > _FEW_ELEMENTS)
     try:
         with outside_of_modes(), torch.no_grad():
             args, kwargs = torch_pytree.tree_unflatten([real(leaf) for leaf in leaves], tree)
-            func(*args, **kwargs)
+            out = func(*args, **kwargs)
     except Exception as error:
         text = str(error).strip().split("\n")[0]
-        return text if _ABOUT_DTYPES.search(text) else None  # else it is about values, or about the shorter shapes
-    return None
+        return Answer(text) if _ABOUT_DTYPES.search(text) else _UNKNOWN  # about values, or about the shorter shapes
+    results = out if isinstance(out, (list, tuple)) else [out]
+    return Answer(None, tuple(r.dtype if isinstance(r, torch.Tensor) else None for r in results))
 
 
 def _real(leaf: Any, *, shorten: bool) -> Any:

@@ -16,6 +16,7 @@ from pytorch2jax._transfer import t2j
 from pytorch2jax.xla._graph import Equation, Graph, Var, leaves, replaced, variables
 from pytorch2jax.xla._internals import OpOverload
 from pytorch2jax.xla._registry import Out, Rule, rule_for
+from pytorch2jax.xla.lowerings._promotion import cast
 
 _ABOUT_MEMORY = frozenset({"device", "layout", "pin_memory", "memory_format", "non_blocking", "generator"})
 """Arguments of operators that mean nothing in JAX."""
@@ -121,19 +122,27 @@ def _check_numbers(equation: Equation) -> None:
 
 
 def _results(equation: Equation, rule: Rule, args: Any, kwargs: Any) -> Any:
-    """What a rule returns. What JAX says of symbolic sizes does not say of which operator."""
+    """What a rule returns. What JAX says of sizes and dtypes does not say of which operator."""
     try:
         return rule.function(*args, **kwargs)
     except Pytorch2JaxError:
         raise
     except Exception as error:
-        if not _is_symbolic(equation):
-            raise
         reason = str(error).strip().split("\n")[0]
+        if not _is_symbolic(equation):
+            if type(error) not in _OF_ARGUMENTS:
+                raise
+            raise CaptureError(
+                f"{equation.name}: expected arguments that JAX can compute this for, got {type(error).__name__}: "
+                f'{reason}. Use `backend="torch"`, which runs it as it is.'
+            ) from error
         raise CaptureError(
             f"{equation.name}: expected an operator that can be computed for all sizes, got {type(error).__name__}: "
             f"{reason} {ON_SIZES}"
         ) from error
+
+
+_OF_ARGUMENTS = (TypeError, ValueError, OverflowError, NotImplementedError)
 
 
 def _is_symbolic(equation: Equation) -> bool:
@@ -159,5 +168,5 @@ def _checked(equation: Equation, out: Out, result: Any) -> Any:
             'for this operator is wrong for these arguments. Please report it; `backend="torch"` runs the function.'
         )
     if array.dtype != out.dtype:
-        array = array.astype(out.dtype)
+        array = cast(array, out.dtype)
     return jax.lax.stop_gradient(array) if equation.constant else array

@@ -25,7 +25,7 @@ from pytorch2jax._internals import (
 from pytorch2jax.xla import _writes as writes
 from pytorch2jax.xla._bridged import bridged
 from pytorch2jax.xla._decompositions import OPERATORS, bmm_with_one
-from pytorch2jax.xla._dtype_rules import NoKernelError, refusal
+from pytorch2jax.xla._dtype_rules import NoKernelError, ask
 from pytorch2jax.xla._graph import Equation, Var, replaced
 from pytorch2jax.xla._internals import (
     OpOverload,
@@ -186,8 +186,7 @@ class Recorder(TorchDispatchMode):
             )
         if not isinstance(func, OpOverload) or not _computes(func):
             return func(*args, **kwargs)
-        if not self._apart:
-            self._check_dtypes(func, args, kwargs)
+        dtypes = () if self._apart else self._checked_dtypes(func, args, kwargs)
         if func is aten.native_batch_norm.default:
             return writes.batch_norm(self, *args, **kwargs)
         if func._schema.is_mutable:
@@ -198,13 +197,16 @@ class Recorder(TorchDispatchMode):
         if rule_for(func) is None and func not in self._apart:
             out = self._taken_apart(func, args, kwargs)
             if out is not NotImplemented:
-                return out
-        return self.record(func, args, kwargs)
+                with self:
+                    return _retyped(out, dtypes)
+        return self.record(func, args, kwargs, dtypes)
 
-    def _check_dtypes(self, func: OpOverload, args: Any, kwargs: Any) -> None:
-        said = refusal(func, args, kwargs)
-        if said is not None:
-            raise NoKernelError(f"{func}: {said}")  # who catches it says where
+    def _checked_dtypes(self, func: OpOverload, args: Any, kwargs: Any) -> tuple[torch.dtype | None, ...]:
+        """The dtypes that torch's kernel returns, as far as it is known."""
+        answer = ask(func, args, kwargs)
+        if answer.refusal is not None:
+            raise NoKernelError(f"{func}: {answer.refusal}")  # who catches it says where
+        return answer.dtypes
 
     def _taken_apart(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         whole = OPERATORS.get(func) or decomposition(func)
@@ -217,12 +219,14 @@ class Recorder(TorchDispatchMode):
         finally:
             self._apart.pop()
 
-    def record(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
-        """Write an operator down; returns the fake tensors that it returns."""
+    def record(self, func: OpOverload, args: Any, kwargs: Any, dtypes: tuple[torch.dtype | None, ...] = ()) -> Any:
+        """Write an operator down; returns the fake tensors that it returns, with `dtypes` where they are known."""
         detaches = func.is_view and (self.cuts() or id(args[0]) in self._detached)
         value_of = self.in_memory if detaches and id(args[0]) in self._vars else self.var_of
         given, named = (replaced(tree, value_of, torch.Tensor) for tree in (args, kwargs))
         out = _FAKES.get(func, func)(*args, **kwargs)
+        if not func.is_view:
+            out = _retyped(out, dtypes)
         several = isinstance(out, (list, tuple))
         results = list(out) if several else [out]
         if func.is_view and rule_for(func) is None:  # by its strides
@@ -234,7 +238,7 @@ class Recorder(TorchDispatchMode):
             if cut and is_inside_autograd_function():
                 self._unseen.update(var for var in outputs if var is not None)
             equation = Equation(func, tuple(given), named, outputs, several, cut, self.draw_of(func))
-            self.equations.append(equation if rule_for(func) else bridged(equation))
+            self.equations.append(equation if rule_for(func) and not _is_exact(func, args) else bridged(equation))
             for result, var in zip(results, outputs, strict=True):
                 if var is not None:
                     self.bind(result, var)
@@ -357,6 +361,30 @@ class Recorder(TorchDispatchMode):
 _META, _HOST = torch.device("meta"), torch.device("cpu")
 _INEXACT = frozenset(
     d for d in vars(torch).values() if isinstance(d, torch.dtype) and (d.is_floating_point or d.is_complex)
+)
+
+
+def _retyped(out: Any, dtypes: tuple[torch.dtype | None, ...]) -> Any:
+    """Results with the dtypes that torch's kernel gives them, where fake tensors have others."""
+    results = out if isinstance(out, (list, tuple)) else [out]
+    if len(results) != len(dtypes) or all(d is None or r.dtype is d for r, d in zip(results, dtypes, strict=True)):
+        return out
+    retyped = [r if d is None else r.to(d) for r, d in zip(results, dtypes, strict=True)]
+    return type(out)(retyped) if isinstance(out, (list, tuple)) else retyped[0]
+
+
+def _is_exact(func: OpOverload, args: Any) -> bool:
+    """Whether torch's kernel for whole numbers rounds in ways of its own."""
+    return func in _RESAMPLE and not (args[0].is_floating_point() or args[0].is_complex())
+
+
+_RESAMPLE = frozenset(
+    {
+        aten.upsample_bilinear2d.default,
+        aten.upsample_bicubic2d.default,
+        aten._upsample_bilinear2d_aa.default,
+        aten._upsample_bicubic2d_aa.default,
+    }
 )
 
 

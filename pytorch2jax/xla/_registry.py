@@ -18,6 +18,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 
+from pytorch2jax.xla._internals import OpOverload
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -60,8 +62,8 @@ def lowers(*names: str) -> Callable[[Function], Function]:
 
 
 def rule_for(operator: Any) -> Rule | None:
-    """The rule for an operator, if there is one."""
-    return _RULES.get(str(operator))
+    """The rule for an operator of torch's, if there is one."""
+    return _RULES.get(str(operator)) if isinstance(operator, OpOverload) else None
 
 
 def names() -> tuple[str, ...]:

@@ -38,6 +38,15 @@ def as_array(value: Any, dtype: Any) -> jax.Array:
     return jnp.asarray(value, dtype)
 
 
+def cast(x: jax.Array, dtype: np.dtype[Any]) -> jax.Array:
+    """The values in another dtype: complex numbers lose their imaginary part, other numbers their fractions."""
+    if category(x.dtype) == 3 and category(dtype) != 3:
+        x = x != 0 if category(dtype) == 0 else jnp.real(x)
+    if category(x.dtype) == 2 and category(dtype) == 1 and dtype.itemsize < 4:
+        x = x.astype(jax.dtypes.canonicalize_dtype(np.int64))  # of what does not fit, torch keeps the last bits
+    return x.astype(dtype)
+
+
 def precise(x: jax.Array) -> jax.Array:
     """Half precision as single precision, in which torch adds it up."""
     return x.astype(np.float32) if x.dtype in _HALF else x

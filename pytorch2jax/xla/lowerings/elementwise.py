@@ -12,7 +12,7 @@ from jax import lax
 
 from pytorch2jax.xla._registry import Out, lowers
 from pytorch2jax.xla.lowerings import _special as special
-from pytorch2jax.xla.lowerings._promotion import as_array, category, in_dtype_of_result, result_type
+from pytorch2jax.xla.lowerings._promotion import as_array, cast, category, in_dtype_of_result, result_type
 
 # -- one argument, computed in the dtype of the result -------------------------------------------------------
 
@@ -496,7 +496,7 @@ def threshold(x: jax.Array, threshold: Any, value: Any) -> jax.Array:
 
 @lowers("aten.copy.default")
 def copy(x: jax.Array, source: jax.Array, non_blocking: bool = False) -> jax.Array:
-    return jnp.broadcast_to(source.astype(x.dtype), x.shape)
+    return jnp.broadcast_to(cast(source, x.dtype), x.shape)
 
 
 # -- complex numbers and dtypes -------------------------------------------------------------------------------
@@ -515,12 +515,3 @@ def polar(size: jax.Array, angle: jax.Array) -> jax.Array:
 @lowers("aten._to_copy.default")
 def to_copy(x: jax.Array, *, dtype: Any = None, out: Out) -> jax.Array:
     return cast(jnp.asarray(x), out.dtype)  # some decompositions pass numbers
-
-
-def cast(x: jax.Array, dtype: np.dtype[Any]) -> jax.Array:
-    """The values in another dtype: complex numbers lose their imaginary part, other numbers their fractions."""
-    if category(x.dtype) == 3 and category(dtype) != 3:
-        x = x != 0 if category(dtype) == 0 else jnp.real(x)
-    if category(x.dtype) == 2 and category(dtype) == 1 and dtype.itemsize < 4:
-        x = x.astype(np.int32)  # of what does not fit, torch keeps the last bits
-    return x.astype(dtype)

@@ -17,7 +17,7 @@ from jax import lax
 from pytorch2jax._errors import CaptureError
 from pytorch2jax.xla._registry import Out, lowers
 from pytorch2jax.xla._sizes import count, slice_of
-from pytorch2jax.xla.lowerings._promotion import precise
+from pytorch2jax.xla.lowerings._promotion import cast, precise
 
 
 def _index(x: jax.Array, indices: Sequence[Any]) -> tuple[Any, ...]:
@@ -42,14 +42,24 @@ def index(x: jax.Array, indices: Sequence[Any]) -> jax.Array:
 def index_put(
     x: jax.Array, indices: Sequence[Any], values: jax.Array, accumulate: bool = False, unsafe: bool = False
 ) -> jax.Array:
+    indices = [i.astype(np.bool_) if i is not None and i.dtype == np.uint8 else i for i in indices]  # masks of old
     given = [(axis, i) for axis, i in enumerate(indices) if i is not None]
     if len(given) == 1 and given[0][1].dtype == np.bool_:
         axis, mask = given[0]
-        new = _spread(values.astype(x.dtype), x, mask, axis)
+        _check_mask(x, mask, axis)
+        new = _spread(cast(values, x.dtype), x, mask, axis)
         mask = mask.reshape(mask.shape + (1,) * (x.ndim - axis - mask.ndim))
         return jnp.where(mask, _sum(x, new) if accumulate else new, x)
     where = x.at[_index(x, indices)]
     return _add(where, values) if accumulate else where.set(values)
+
+
+def _check_mask(x: jax.Array, mask: jax.Array, axis: int) -> None:
+    if mask.shape != x.shape[axis : axis + mask.ndim]:
+        raise CaptureError(
+            f"index_put: the shape of the mask {list(mask.shape)} does not match the shape of the indexed tensor "
+            f"{list(x.shape)} at axis {axis}. Masks are not broadcast: expand it (`mask.expand(...)`)."
+        )
 
 
 def _spread(values: jax.Array, x: jax.Array, mask: jax.Array, axis: int) -> jax.Array:
@@ -214,7 +224,7 @@ def _cut(source: Any, shape: Iterable[Any]) -> Any:
 @lowers("aten.scatter.src", "aten.scatter.value")
 def scatter(x: jax.Array, dim: int, index: jax.Array, source: Any) -> jax.Array:
     y, index = _one_axis(x, index)
-    return _at(y, dim, index).set(jnp.asarray(_cut(source, index.shape), x.dtype)).reshape(x.shape)
+    return _at(y, dim, index).set(cast(jnp.asarray(_cut(source, index.shape)), x.dtype)).reshape(x.shape)
 
 
 @lowers("aten.scatter_add.default")
@@ -226,7 +236,7 @@ def scatter_add(x: jax.Array, dim: int, index: jax.Array, source: jax.Array) -> 
 @lowers("aten.scatter.reduce", "aten.scatter.value_reduce")
 def scatter_with(x: jax.Array, dim: int, index: jax.Array, source: Any, *, reduce: str) -> jax.Array:
     y, index = _one_axis(x, index)
-    source = jnp.broadcast_to(jnp.asarray(_cut(source, index.shape), x.dtype), index.shape)
+    source = jnp.broadcast_to(cast(jnp.asarray(_cut(source, index.shape)), x.dtype), index.shape)
     if reduce == "add":
         return _add(_at(y, dim, index), source).reshape(x.shape)
     return _multiplied(y, _places(index, dim), source).reshape(x.shape)
@@ -251,7 +261,7 @@ def index_reduce(
 
 
 def _reduced_at(x: jax.Array, places: Any, source: jax.Array, reduce: str, include_self: bool) -> jax.Array:
-    source = source.astype(x.dtype)
+    source = cast(source, x.dtype)
     start = x
     if not include_self:
         start = x.at[places].set(jnp.asarray(_neutral(reduce, x.dtype), x.dtype))
@@ -321,13 +331,13 @@ def _slices(x: jax.Array, dim: int, index: jax.Array) -> Any:
 def index_add(x: jax.Array, dim: int, index: jax.Array, source: jax.Array, *, alpha: Any = 1) -> jax.Array:
     y, source = (x[None], source.reshape(-1)) if x.ndim == 0 else (x, source)
     scaled = source if alpha == 1 else source * jnp.asarray(alpha, x.dtype)
-    return _add(_slices(y, dim, index), scaled.astype(x.dtype)).reshape(x.shape)
+    return _add(_slices(y, dim, index), cast(scaled, x.dtype)).reshape(x.shape)
 
 
 @lowers("aten.index_copy.default")
 def index_copy(x: jax.Array, dim: int, index: jax.Array, source: jax.Array) -> jax.Array:
     y, source = (x[None], source.reshape(-1)) if x.ndim == 0 else (x, source)
-    return _slices(y, dim, index).set(source.astype(x.dtype)).reshape(x.shape)
+    return _slices(y, dim, index).set(cast(source, x.dtype)).reshape(x.shape)
 
 
 @lowers("aten.index_fill.int_Scalar", "aten.index_fill.int_Tensor")

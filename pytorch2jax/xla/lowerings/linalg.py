@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from pytorch2jax.xla._registry import Out, lowers
-from pytorch2jax.xla.lowerings._promotion import precise
+from pytorch2jax.xla.lowerings._promotion import cast, precise
 
 # -- products -------------------------------------------------------------------------------------------------
 
@@ -326,12 +326,12 @@ def solve_ex(
 
 @lowers("aten.linalg_solve_triangular.default")
 def solve_triangular(
-    a: jax.Array, b: jax.Array, *, upper: bool, left: bool = True, unitriangular: bool = False
+    a: jax.Array, b: jax.Array, *, upper: bool, left: bool = True, unitriangular: bool = False, out: Out
 ) -> jax.Array:
     def solve(a: jax.Array, b: jax.Array) -> jax.Array:
         return lax.linalg.triangular_solve(a, b, left_side=left, lower=not upper, unit_diagonal=unitriangular)
 
-    return _columns(solve, a, b)
+    return _columns(solve, cast(a, out.dtype), cast(b, out.dtype))
 
 
 @lowers("aten.triangular_solve.default")

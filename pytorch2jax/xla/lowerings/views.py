@@ -21,6 +21,7 @@ from pytorch2jax._dtypes import canonical_dtype_t2j
 from pytorch2jax._errors import DtypeError
 from pytorch2jax.xla._registry import Out, lowers
 from pytorch2jax.xla._sizes import are_numbers, count, place, slice_of, with_slice
+from pytorch2jax.xla.lowerings._promotion import cast
 
 
 @lowers(
@@ -222,15 +223,15 @@ def slice_scatter(
     x: jax.Array, source: jax.Array, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
 ) -> jax.Array:
     if not are_numbers(x.shape[dim], start, end):
-        return with_slice(x, source.astype(x.dtype), start, dim % x.ndim, step)
-    return x.at[_along(x.ndim, dim, _bounded(x.shape[dim], start, end, step))].set(source.astype(x.dtype))
+        return with_slice(x, cast(source, x.dtype), start, dim % x.ndim, step)
+    return x.at[_along(x.ndim, dim, _bounded(x.shape[dim], start, end, step))].set(cast(source, x.dtype))
 
 
 @lowers("aten.select_scatter.default")
 def select_scatter(x: jax.Array, source: jax.Array, dim: int, index: int) -> jax.Array:
     if not are_numbers(x.shape[dim], index):
-        return with_slice(x, jnp.expand_dims(source.astype(x.dtype), dim), index, dim % x.ndim)
-    return x.at[_along(x.ndim, dim, index)].set(source.astype(x.dtype))
+        return with_slice(x, jnp.expand_dims(cast(source, x.dtype), dim), index, dim % x.ndim)
+    return x.at[_along(x.ndim, dim, index)].set(cast(source, x.dtype))
 
 
 @lowers("aten.diagonal_scatter.default")
@@ -238,7 +239,7 @@ def diagonal_scatter(x: jax.Array, source: jax.Array, offset: int = 0, dim1: int
     moved = jnp.moveaxis(x, (dim1, dim2), (-2, -1))
     n = source.shape[-1]
     rows, columns = count(n) + max(-offset, 0), count(n) + max(offset, 0)
-    return jnp.moveaxis(moved.at[..., rows, columns].set(source.astype(x.dtype)), (-2, -1), (dim1, dim2))
+    return jnp.moveaxis(moved.at[..., rows, columns].set(cast(source, x.dtype)), (-2, -1), (dim1, dim2))
 
 
 # -- put together ---------------------------------------------------------------------------------------------
