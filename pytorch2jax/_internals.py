@@ -102,7 +102,6 @@ __all__ = [
     "register_float_check",
     "run_backward",
     "set_grad_enabled",
-    "set_library_kernels",
     "set_vmap_fallback",
     "storage_address",
     "storage_users",
@@ -451,12 +450,6 @@ def set_vmap_fallback(enabled: bool) -> bool:
     before: bool = torch._C._functorch._is_vmap_fallback_enabled()  # type: ignore[attr-defined]
     torch._C._functorch._set_vmap_fallback_enabled(enabled)  # type: ignore[attr-defined]
     return before
-
-
-def set_library_kernels(cudnn: bool, mkldnn: bool) -> None:
-    """Allow or forbid kernels of cuDNN and oneDNN, also after `torch.backends.disable_global_flags()`."""
-    torch._C._set_cudnn_enabled(cudnn)
-    torch._C._set_mkldnn_enabled(mkldnn)
 
 
 def flat_vmap(

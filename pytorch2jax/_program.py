@@ -26,7 +26,8 @@ from pytorch2jax._errors import LoopWarning, NarrowingError, Pytorch2JaxError, U
 from pytorch2jax._hand_written import recorded_backward
 from pytorch2jax._inference import Spec
 from pytorch2jax._internals import hold_weakly
-from pytorch2jax._torch_state import TorchState, differentiable_kernels
+from pytorch2jax._plain_kernels import PlainKernels
+from pytorch2jax._torch_state import TorchState
 from pytorch2jax._transfer import fits
 
 Tensors = tuple[torch.Tensor, ...]
@@ -47,7 +48,7 @@ class Style(NamedTuple):
     forward_mode: `True`: `torch.func.jvp`. `False`: the vjp of the vjp, for operators that have no
         forward-mode rule.
     batching: how `Vmap` runs.
-    fused: `True`: torch's kernels as they come. `False`: `differentiable_kernels`.
+    fused: `True`: torch's kernels as they come. `False`: `PlainKernels`.
     """
 
     forward_mode: bool = True
@@ -243,7 +244,7 @@ class Program(abc.ABC):
             return self.run(tensors, style, Around())
         with contextlib.ExitStack() as stack:
             if not style.fused:
-                stack.enter_context(differentiable_kernels())
+                stack.enter_context(PlainKernels())
             if self.order > 1:
                 stack.enter_context(CompositeNorms())
             if records:

@@ -1,8 +1,8 @@
 """Torch's ambient state: captured where JAX traces, set again where XLA calls back.
 
 Autocast is thread-local, so that a context manager around the traced call would not reach XLA's thread; the
-default dtype and the deterministic flag are global and may have changed by then. The choice of kernels
-(`differentiable_kernels`) is global in torch, so that concurrent users are counted.
+default dtype and the deterministic flag are global and may have changed by then. What `torch.vmap` does without a
+batching rule is global in torch, so that concurrent users are counted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import torch
 from pytorch2jax._internals import (
     is_any_autocast_enabled,
     is_deterministic,
-    set_library_kernels,
     set_vmap_fallback,
 )
 
@@ -231,39 +230,9 @@ class _SharedFlags:
                     self._set_all(self._before)
 
 
-def _set_kernel_flags(values: tuple[bool, ...]) -> tuple[bool, ...]:
-    flash, efficient, cudnn_attention, cudnn, mkldnn, fastpath = values
-    before = (
-        torch.backends.cuda.flash_sdp_enabled(),
-        torch.backends.cuda.mem_efficient_sdp_enabled(),
-        torch.backends.cuda.cudnn_sdp_enabled(),
-        torch.backends.cudnn.enabled,
-        bool(torch.backends.mkldnn.enabled),
-        torch.backends.mha.get_fastpath_enabled(),
-    )
-    torch.backends.cuda.enable_flash_sdp(flash)
-    torch.backends.cuda.enable_mem_efficient_sdp(efficient)
-    torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
-    set_library_kernels(cudnn, mkldnn)
-    torch.backends.mha.set_fastpath_enabled(fastpath)
-    return before
-
-
 _NO_FALLBACK = _SharedFlags(set_vmap_fallback, False)
 
 
 def vmap_fallback(allowed: bool) -> contextlib.AbstractContextManager[None]:
     """Whether `torch.vmap` may run an operator that has no batching rule once for each example."""
     return contextlib.nullcontext() if allowed else _NO_FALLBACK.changed()
-
-
-_DIFFERENTIABLE = _SharedFlags(_set_kernel_flags, (False,) * 6)
-
-
-def differentiable_kernels() -> contextlib.AbstractContextManager[None]:
-    """Torch's plain kernels, which have derivatives of every order and mode, instead of its fused ones.
-
-    Plain attention (the `MATH` backend of `scaled_dot_product_attention`), torch's own recurrent layers
-    instead of oneDNN's and cuDNN's, and no fused fast path in `nn.TransformerEncoder` and `nn.MultiheadAttention`.
-    """
-    return _DIFFERENTIABLE.changed()

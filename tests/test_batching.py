@@ -49,16 +49,29 @@ def test_64_per_example_gradients_are_one_torch_call_each_way():
 
 
 def test_a_loop_runs_once_for_each_example_and_says_so():
-    lstm = torch.nn.LSTM(3, 4).double()
-    counter = Counter(lambda x: lstm(x)[0])
+    counter = Counter(lambda x: x * 2 if torch.equal(x, x) else x)
     f = torch2jax(counter)
-    with pytest.warns(LoopWarning, match=r"torch.vmap cannot batch it \(RuntimeError: .*lstm.*a loop over the whole"):
+    with pytest.warns(LoopWarning, match=r"torch.vmap cannot batch it \(RuntimeError: .*equal.*a loop over the whole"):
         jax.vmap(f)(jnp.ones((5, 2, 3)))
     counter.runs = 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         jax.vmap(f)(jnp.ones((5, 2, 3)))
     assert counter.runs == 5
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_a_batch_of_recurrent_layers_is_one_call_of_plain_ones(kind):
+    layer = getattr(torch.nn, kind)(3, 4, batch_first=True).double()
+    counter = Counter(lambda x: layer(x)[0])
+    f, x = torch2jax(counter), jnp.cos(jnp.arange(5 * 2 * 7 * 3.0)).reshape(5, 2, 7, 3)
+    jax.vmap(f)(x)
+    counter.runs = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        batched = jax.vmap(f)(x)
+    assert counter.runs == 1
+    np.testing.assert_allclose(batched, jnp.stack([f(example) for example in x]), rtol=1e-10)
 
 
 def test_fused_attention_is_batched_by_rules_not_by_torchs_own_loop():

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from pytorch2jax._autograd_functions import custom_functions
 from pytorch2jax._errors import CaptureError, Pytorch2JaxError
 from pytorch2jax._internals import fake_tensor_mode, is_functorch_active, operators_on_functions
-from pytorch2jax._torch_state import differentiable_kernels, forked_generators
+from pytorch2jax._torch_state import forked_generators
 from pytorch2jax._tracking import Forgotten
 from pytorch2jax.xla._control_flow import handlers
 from pytorch2jax.xla._decompositions import FUNCTIONS, INSTEAD_OF_DETACHING, batch_norm_with_cumulative_average
@@ -50,7 +50,7 @@ def capture(
     Raises:
         CaptureError: the function does what no graph can: it depends on values, or leaves torch.
     """
-    with torch.inference_mode(False), torch.enable_grad(), forked_generators(host=True), differentiable_kernels():
+    with torch.inference_mode(False), torch.enable_grad(), forked_generators(host=True):
         with fake_tensor_mode():
             tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in inputs]
             if active:  # and are no leaves, so that the function may write to them

@@ -21,16 +21,16 @@ from pytorch2jax.xla.lowerings._promotion import precise
 @lowers("aten._scaled_dot_product_flash_attention_for_cpu.default")
 def flash_attention_for_cpu(
     query: jax.Array,
-    key: jax.Array,
+    keys: jax.Array,
     value: jax.Array,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0.0,  # torch takes another kernel where it is not zero
     is_causal: bool = False,
     *,
     attn_mask: jax.Array | None = None,
     scale: float | None = None,
     out: Sequence[Out],
 ) -> tuple[jax.Array, jax.Array]:
-    scores = _scores(query, key, scale, is_causal)
+    scores = _scores(query, keys, scale, is_causal)
     if attn_mask is not None:
         scores = jnp.where(attn_mask, scores, -jnp.inf) if attn_mask.dtype == np.bool_ else scores + attn_mask
     total = jax.nn.logsumexp(scores, axis=-1)
