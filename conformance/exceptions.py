@@ -41,6 +41,7 @@ class Known(NamedTuple):
 
 
 _PAIRS = "pairs of dtypes"
+_FORWARD = ("forward mode", "vmap of jacfwd")
 _SECOND = ("second order", "vmap of hessian")
 
 _TORCH = (
@@ -225,13 +226,13 @@ _XLA: tuple[Known, ...] = (
         "Where several elements go to one place, torch's forward mode has the tangent of one, and its reverse mode "
         "gradients for all; here both modes are its reverse mode.",
         ("nn.functional.max_unpool3d",),
-        ("forward mode",),
+        _FORWARD,
     ),
     Known(
         "failed",
         "Torch's derivative by the first argument is wrong (2.13): it is 1 where that was written over.",
         ("as_strided_scatter",),
-        ("reverse", "second order", "vmap of gradients"),
+        ("reverse", "vmap of gradients", "vmap of jacrev", *_SECOND),
     ),
     Known(
         "failed",
@@ -257,7 +258,7 @@ _XLA: tuple[Known, ...] = (
         "failed",
         "Torch has no forward derivative of its gradients in chunks, and takes it for 0 (2.13).",
         ("nn.functional.linear_cross_entropy.chunked_none",),
-        ("forward mode",),
+        _FORWARD,
     ),
     Known(
         "failed",

@@ -54,7 +54,6 @@ class TorchFunction:
         self.options = options
         self.examples: list[Any] = []  # arguments to try the function on where it has to run for inference
         self.example_specs: tuple[Spec, ...] | None = None
-        self._declared_for: tuple[Spec, ...] | None = None  # the inputs for which outputs are declared
         self.said: set[str] = set()
         self.compiled: dict[Any, Callable[..., Any]] = {}  # of programs that ran outside of jit
         self._bound: collections.OrderedDict[Hashable, BoundFunction] = collections.OrderedDict()
@@ -112,18 +111,18 @@ class TorchFunction:
                 call = Call(arguments._replace(arrays=[]), n_own, variant, state, device)
                 program = BoundFunction(self, call, specs, key)
                 program.flushes = flushes
-                self._infer(program, arrays, output_shapes)
+                self._infer(program, arrays, output_shapes, specs[n_own:])
                 self._bound[key] = program
                 while len(self._bound) > _KEPT_PROGRAMS:  # a new static value for each call
                     self._forget(self._bound.popitem(last=False)[1])
             self._bound.move_to_end(key)
             return self._bound[key]
 
-    def _infer(self, program: BoundFunction, arrays: list[Any], output_shapes: Any) -> None:
-        """What was declared holds for the inputs of the first call; for others it is a last resort."""
-        if output_shapes is not None and self._declared_for is None:
-            self._declared_for = program.in_specs
-        if output_shapes is None or program.in_specs == self._declared_for:
+    def _infer(
+        self, program: BoundFunction, arrays: list[Any], output_shapes: Any, arguments: tuple[Spec, ...]
+    ) -> None:
+        """What was declared holds for inputs like the examples, or for all; for others it is a last resort."""
+        if output_shapes is None or self.example_specs in (None, arguments):
             return program.infer(arrays, output_shapes)
         try:
             program.infer(arrays, None)

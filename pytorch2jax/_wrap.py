@@ -72,8 +72,8 @@ def torch2jax(
             (`torch.Size`, tuples or lists of int) where all floating arguments have the dtype of the outputs.
             Without it that is found out at trace time, by one run on fake tensors. With it `fn` never runs
             before it is called; then nothing is known about in-place writes, so that every input is copied.
-            It holds for the shapes of the examples, or of the first call; for others it is found out, and
-            taken as declared where that fails.
+            It holds for inputs like the examples. For others it is found out, and taken as declared where that
+            fails. Without examples it holds for all calls.
         depth: the highest order of derivatives that may be asked for; `0` for none. None: any order.
         nondiff_argnums: positional arguments that are constants to JAX's derivatives.
         nondiff_mask: the same for single leaves: a pytree of bools in the structure of the positional
@@ -289,7 +289,8 @@ def _check_on_examples(
         args, kwargs = jax.tree.unflatten(treedef, filled)
         return wrapped(*args, **kwargs)
 
+    specs = [example_spec(example) for example in examples]
+    function.example_specs = tuple(map(spec_of, specs))
     if not any(isinstance(x, jax.ShapeDtypeStruct) for x in examples):
         function.examples = take_apart(function.name, *treedef.unflatten(leaves)).arrays
-        function.example_specs = tuple(map(spec_of, function.examples))
-    jax.eval_shape(call, *map(example_spec, examples))
+    jax.eval_shape(call, *specs)

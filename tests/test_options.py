@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 import jax
@@ -13,6 +14,7 @@ import torch
 import pytorch2jax
 from pytorch2jax import (
     OptionError,
+    OutputMismatchError,
     UnsupportedTransformError,
     convert_pytnn_to_jax,
     torch2jax,
@@ -98,18 +100,38 @@ def test_shapes_alone_have_the_dtype_of_the_arguments():
         f(jnp.arange(3), 2)
 
 
-def test_new_shapes_after_declared_ones():
+def test_declared_shapes_hold_for_all_calls_in_any_order():
     calls = []
 
     def fn(x):
         calls.append(tuple(x.shape))
         return x * 2
 
-    f = jax.jit(torch2jax(fn, output_shapes=torch.Size((3,))))
-    np.testing.assert_array_equal(f(jnp.ones(3)), 2 * jnp.ones(3))
-    assert calls == [(3,)]  # not to find out
-    np.testing.assert_array_equal(f(jnp.ones(5)), 2 * jnp.ones(5))
-    assert calls == [(3,), (5,), (5,)]
+    for order in ((3, 5), (5, 3)):
+        f = jax.jit(torch2jax(fn, output_shapes=torch.Size((3,))))
+        calls.clear()
+        for n in order:
+            wrong = pytest.raises((OutputMismatchError, jax.errors.JaxRuntimeError), match="expected torch.float64.3.")
+            with wrong if n == 5 else contextlib.nullcontext():
+                np.testing.assert_array_equal(f(jnp.ones(n)), 2 * jnp.ones(n))
+        assert calls == [(n,) for n in order]  # not to find out
+
+
+@pytest.mark.parametrize("example", [torch.ones(3, dtype=torch.float64), struct(3)])
+def test_with_examples_declared_shapes_hold_for_inputs_like_these(example):
+    calls = []
+
+    def fn(x):
+        calls.append(tuple(x.shape))
+        return x * 2
+
+    for order in ((3, 5), (5, 3)):
+        f = jax.jit(torch2jax(fn, example, output_shapes=torch.Size((3,))))
+        calls.clear()
+        for n in order:
+            np.testing.assert_array_equal(f(jnp.ones(n)), 2 * jnp.ones(n))
+        assert calls.count((3,)) == 1
+        assert calls.count((5,)) == 2  # once to find out
 
 
 def test_declared_shapes_are_the_last_resort_for_others():
@@ -118,9 +140,9 @@ def test_declared_shapes_are_the_last_resort_for_others():
             raise ValueError("not now")
         return torch.as_tensor(float(x.numpy().sum()), dtype=x.dtype)
 
-    f = torch2jax(fn, output_shapes=struct())
-    assert f(jnp.ones(3)) == 3
+    f = torch2jax(fn, torch.ones(3, dtype=torch.float64), output_shapes=struct())
     assert f(jnp.ones(5)) == 5
+    assert f(jnp.ones(3)) == 3
 
 
 def test_new_shapes_after_examples():
