@@ -200,7 +200,8 @@ class BoundFunction(RootProgram):
         else:
             with self._plain_session(), self._callable.learning():
                 values = functools.partial(self._values, arrays)
-                around = self._callable.surroundings()._replace(translates=self.backend != "torch")
+                translates, n_given = self.backend != "torch", self._what.n_given
+                around = self._callable.surroundings()._replace(translates=translates, n_given=n_given)
                 call = without_jax(self.name, self._call)
                 self.inferred = infer(self.name, call, self._tensor_specs, values, self._what.device, around)
         self._out_dtypes = tuple(dtype_j2t(spec.dtype) for spec in self.inferred.specs)

@@ -116,7 +116,8 @@ class Surroundings(NamedTuple):
     n_own: how many of its inputs, the first ones, are its own tensors.
     left_behind: tells which tensors a run has left in its attributes, and where.
     put_back: undoes that.
-    originals: tensors that it must not use, because others stand for them, with their names.
+    n_given: how many of these the caller passes.
+    originals: tensors that it must not use, because others stand for them, with their names; for `n_given`.
     held: tensors in its plain attributes, with their addresses.
     advice: what to do where inference fails.
     """
@@ -124,9 +125,10 @@ class Surroundings(NamedTuple):
     has_hooks: bool = False
     translates: bool = False
     n_own: int = 0
+    n_given: int = 0
     left_behind: Callable[[], list[tuple[str, torch.Tensor]]] = list
     put_back: Callable[[], None] = lambda: None
-    originals: Callable[[], list[tuple[str, torch.Tensor]]] = list
+    originals: Callable[[int], list[tuple[str, torch.Tensor]]] = lambda n_given: []
     held: Callable[[], list[tuple[str, torch.Tensor]]] = list
     advice: str = "declare what it returns with `output_shapes`"
 
@@ -249,12 +251,13 @@ def _check_questions(name: str, around: Surroundings, questions: Sequence[Questi
 
 def _check_foreign(name: str, around: Surroundings, tracker: Tracker) -> None:
     """Complain about tensors that the run took from elsewhere, or changed there."""
-    used = [where for where, tensor in around.originals() if tracker.has_used(tensor)]
+    used = [where for where, tensor in around.originals(around.n_given) if tracker.has_used(tensor)]
     if used:
         raise StateError(
             f"{name}: {', '.join(used)}: used by the forward pass from somewhere else than the module's own "
-            "attributes (a closure, a hook, a plain list or object), where the parameters that JAX passes cannot "
-            "get. Reach it through `self` of the module that owns it."
+            "attributes (a closure, a hook, a plain list or object), or from what was made of them before (`.data`, a "
+            "view, a product), where the parameters that JAX passes cannot get. Reach it through `self` of the module "
+            "that owns it."
         )
     written = [where for where, tensor in around.held() if tracker.has_written(tensor)]
     if written:

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from pytorch2jax._attributes import Container, Held, Snapshot
 from pytorch2jax._errors import ConversionError, StateError
 from pytorch2jax._inference import Surroundings
+from pytorch2jax._internals import storage_address
 from pytorch2jax._params import Leaf, Slots
 from pytorch2jax._stand_in import StandIn, Values, stand_in
 from pytorch2jax._trees import tensors_in
@@ -35,14 +36,15 @@ class Skeleton:
         tensors = [source[leaf.slots[0]] for leaf in leaves]
         self._values = Values([".".join(leaf.path) for leaf in leaves])
         self._placeholders = [stand_in(t, self._values, i) for i, t in enumerate(tensors)]
-        self._module, computed, hooks = _copy_without(model, tensors, self._placeholders)
+        self._module, made_of, hooks = _copy_without(model, tensors, self._placeholders)
         self._snapshot: Snapshot | None = None
         held = Snapshot(self._module).tensors
         slots, others = Slots(self._module), _other_places(held, self._placeholders)
         own = {id(p) for p in self._placeholders}
-        # What was computed from parameters before conversion; `forward` may replace it, but not use it.
-        ids = {id(t) for t in computed}
-        self._computed = [(where, tensor) for where, tensor, _ in held if id(tensor) in ids]
+        # What was computed from parameters before conversion, or shares their memory; `forward` may replace it, but not
+        # use it. Of what shares memory with a buffer that holds if the caller passes the buffer.
+        sources = {id(tensor): index for tensor, index in made_of}
+        self._made_of = [(where, tensor, sources[id(tensor)]) for where, tensor, _ in held if id(tensor) in sources]
         self._attribute_tensors = [(where, tensor) for where, tensor, _ in held if id(tensor) not in own]
         # Modules that do more in `train()` and `eval()` than setting flags do so in each call.
         self._overrides = any(_overrides_mode(m) for m in self._module.modules())
@@ -182,9 +184,10 @@ class Skeleton:
         self._learn()
         self._empty()
 
-    def _originals(self) -> list[tuple[str, torch.Tensor]]:
-        """The tensors of the user's module, as far as they are still there."""
-        return [(path, tensor) for path, ref in self._source if (tensor := ref()) is not None] + self._computed
+    def _originals(self, n_given: int) -> list[tuple[str, torch.Tensor]]:
+        """The tensors of the user's module, as far as they are still there, and what is made of them."""
+        tensors = [(path, tensor) for path, ref in self._source if (tensor := ref()) is not None]
+        return tensors + [(path, tensor) for path, tensor, source in self._made_of if source < n_given]
 
     def constants(self, device: torch.device) -> list[torch.Tensor]:
         if device not in self._constants:
@@ -227,37 +230,48 @@ class _IsParam:
         return True
 
 
-class _DeepcopyNonLeaves(TorchFunctionMode):
-    """Lets modules be copied that hold results of computations, as the old `weight_norm` does."""
+class _NotedCopies(TorchFunctionMode):
+    """Notes which copies are made of a module's tensors; copies the results of computations, too.
 
-    def __init__(self) -> None:
+    The old `weight_norm` holds such results.
+
+    Args:
+        tensors: the parameters, then the buffers, of the module.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         super().__init__()
-        self.copies: list[torch.Tensor] = []
+        self._storages = {storage_address(t): i for i, t in enumerate(tensors) if t.layout is torch.strided}
+        self.made_of: list[tuple[torch.Tensor, int]] = []
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.__deepcopy__ and not args[0].is_leaf:
-            tensor, memo = args
-            if id(tensor) not in memo:
-                self.copies.append(tensor.detach().clone())
-                memo[id(tensor)] = self.copies[-1]
-            return memo[id(tensor)]
-        return func(*args, **(kwargs or {}))
+        if func is not torch.Tensor.__deepcopy__ or id(args[0]) in args[1]:
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        if not tensor.is_leaf:
+            copied = memo[id(tensor)] = tensor.detach().clone()
+            self.made_of.append((copied, -1))
+            return copied
+        copied = func(*args)
+        if tensor.layout is torch.strided and (source := self._storages.get(storage_address(tensor))) is not None:
+            self.made_of.append((copied, source))
+        return copied
 
 
 def _copy_without(
     model: nn.Module, tensors: Sequence[torch.Tensor], placeholders: Sequence[torch.Tensor]
-) -> tuple[nn.Module, list[torch.Tensor], list[list[Any]]]:
-    """A deep copy of a module with placeholders for its tensors, its results of computations, and its hooks."""
+) -> tuple[nn.Module, list[tuple[torch.Tensor, int]], list[list[Any]]]:
+    """A deep copy of a module with placeholders for its tensors, what it holds that is made of these, and its hooks."""
     memo: dict[int, Any] = {id(t): p for t, p in zip(tensors, placeholders, strict=True)}
     try:
-        with _DeepcopyNonLeaves() as non_leaves:
+        with _NotedCopies(tensors) as noted:
             duplicate = copy.deepcopy(model, memo)
             for new, old in zip(duplicate.modules(), model.modules(), strict=True):
                 _copy_slots(new, old, memo)
             for placeholder, tensor in zip(placeholders, tensors, strict=True):
                 vars(placeholder).update(copy.deepcopy(_own_attributes(tensor), memo))
             hooks = [copy.deepcopy(hooks_of(tensor), memo) for tensor in tensors]
-            return duplicate, non_leaves.copies, hooks
+            return duplicate, noted.made_of, hooks
     except Exception as error:
         raise ConversionError(
             f"convert: {type(model).__name__}: expected a module that `copy.deepcopy` can copy, got "

@@ -957,6 +957,44 @@ def test_what_was_computed_from_parameters_before_conversion_is_refused():
         apply(params, jnp.ones(3))
 
 
+class Alias(nn.Module):
+    """Keeps something that shares memory with one of its tensors."""
+
+    def __init__(self, make, use=True):
+        super().__init__()
+        self.w = nn.Parameter(torch.arange(3.0))
+        self.register_buffer("b", torch.arange(3.0))
+        self.kept, self.use = [make(self)], use
+
+    def forward(self, x):
+        return x * self.w + self.b + (self.kept[0].sum() if self.use else 0)
+
+
+ALIASES = [lambda m: m.w.data, lambda m: m.w.detach(), lambda m: m.w.detach()[1:], lambda m: m.w.data.view(1, 3)]
+
+
+@pytest.mark.parametrize("make", ALIASES)
+@pytest.mark.parametrize("backend", ["torch", "xla"])
+def test_what_shares_memory_with_a_parameter_is_refused(make, backend):
+    apply, params = convert_pytnn_to_jax(Alias(make), backend=backend)
+    for call in (apply, jax.jit(apply)):
+        with pytest.raises(StateError, match=r"kept\[0\]: used by the forward pass"):
+            call(params, jnp.ones(3))
+    model = Alias(make, use=False)
+    apply, params = convert_pytnn_to_jax(model, backend=backend)
+    np.testing.assert_array_equal(apply(params, jnp.ones(3)), model(torch.ones(3)).detach())
+
+
+@pytest.mark.parametrize("backend", ["torch", "xla"])
+def test_what_shares_memory_with_a_buffer_is_refused_where_that_is_passed(backend):
+    model = Alias(lambda m: m.b[1:])
+    apply, params = convert_pytnn_to_jax(model, backend=backend)
+    np.testing.assert_array_equal(apply(params, jnp.ones(3)), model(torch.ones(3)).detach())
+    apply, params, state = convert_pytnn_to_jax(model, backend=backend, with_state=True)
+    with pytest.raises(StateError, match=r"kept\[0\]: used by the forward pass"):
+        apply(params, state, jnp.ones(3))
+
+
 @pytest.mark.parametrize("value", [lambda: torch.zeros(()), lambda: np.zeros(1)])
 def test_plain_tensors_and_arrays_that_are_changed_in_place(value):
     class Counts(nn.Module):
