@@ -22,10 +22,11 @@ from pytorch2jax._control_flow import RUN, TRIED, Noticed
 from pytorch2jax._destination import Maker
 from pytorch2jax._dtypes import canonical_dtype_t2j, dtype_j2t
 from pytorch2jax._errors import CaptureError, InferenceError, LeafTypeError, Pytorch2JaxError, StateError
+from pytorch2jax._holders import Forgotten, holders_of
 from pytorch2jax._internals import fake_tensor_mode, operators_on_functions
 from pytorch2jax._questions import CodeThatRuns, Question
 from pytorch2jax._torch_state import forked_generators, host_generators
-from pytorch2jax._tracking import Exposure, Forgotten, Tracker, holders_of, storage_of
+from pytorch2jax._tracking import Exposure, Tracker, storage_of
 from pytorch2jax._trees import OutputTree, flatten_output, output_paths, static_outputs, tensors_in
 
 
@@ -281,7 +282,7 @@ def _forget_survivors(name: str, tracker: Tracker) -> Forgotten | None:
         return None
     forgotten = Forgotten(survivors)
     del survivors
-    if tracker.survivors():
+    if (forgotten.refused or not forgotten.buries) and tracker.survivors():
         holders = ", ".join(sorted({t.__name__ for t in forgotten.refused})) or "an unknown place"
         raise InferenceError(
             f"{name}: keeps tensors from one call to the next in {holders}, expected a function of its arguments. "

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import collections
-import functools
 import gc
 import sys
 import weakref
 from collections.abc import Iterator, Sequence
-from types import FrameType
 from typing import Any
 
 import torch
@@ -143,61 +141,6 @@ class Tracker(TorchDispatchMode):
 
 def _is_fake(tensor: torch.Tensor) -> bool:
     return getattr(tensor, "fake_mode", None) is not None
-
-
-class Forgotten:
-    """Tensors that were taken out of the caches that hold them: dicts, lists and `functools.lru_cache`.
-
-    refused: the types of holders from which they could not be taken.
-    """
-
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self.refused: list[type] = []
-        self._emptied: list[tuple[Any, int, int]] = []
-        for tensor in tensors:
-            self._forget(tensor, {id(tensors)}, depth=3)
-
-    def _forget(self, value: Any, known: set[int], depth: int) -> None:
-        holders = [h for h in gc.get_referrers(value) if id(h) not in known and not isinstance(h, FrameType)]
-        for holder in holders:
-            if isinstance(holder, functools._lru_cache_wrapper):
-                holder.cache_clear()
-            elif isinstance(holder, dict) and not _is_namespace(holder):
-                for key in [k for k, v in holder.items() if v is value]:
-                    del holder[key]
-            elif isinstance(holder, (list, collections.deque)):
-                for index in [i for i, v in enumerate(holder) if v is value]:
-                    holder[index] = None  # the place may have been there before
-                    self._emptied.append((holder, index, len(holder)))
-            elif isinstance(holder, tuple) and depth:
-                self._forget(holder, {*known, id(holders)}, depth - 1)
-            elif type(holder).__name__ != "weakref":
-                self.refused.append(type(holder))
-
-    def close_gaps(self) -> None:
-        """After another run: where that has filled other places, the places were made for the tensors."""
-        for holder, index, length in reversed(self._emptied):
-            if len(holder) > length and holder[index] is None:
-                del holder[index]
-
-
-def holders_of(tensors: Sequence[torch.Tensor], *ours: Sequence[torch.Tensor]) -> list[str]:
-    """Who holds tensors besides lists of ours, as far as it has a name."""
-    found, known = set(), {id(tensors), *map(id, ours)}
-    for tensor in tensors:
-        for holder in gc.get_referrers(tensor):
-            if isinstance(holder, functools._lru_cache_wrapper):
-                found.add(f"the cache of `{holder.__wrapped__.__qualname__}`")
-            elif isinstance(holder, dict):
-                found |= {f"a dict, under {k!r}" for k, v in holder.items() if v is tensor}
-            elif isinstance(holder, (list, collections.deque)) and id(holder) not in known:
-                found.add(f"a {type(holder).__name__}")
-    return sorted(found)
-
-
-def _is_namespace(table: dict[Any, Any]) -> bool:
-    """Whether a dict is the attributes of some object, where a missing name is an error."""
-    return any(getattr(owner, "__dict__", None) is table for owner in gc.get_referrers(table))
 
 
 def _is_factory(func: Any) -> bool:

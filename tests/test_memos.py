@@ -111,6 +111,32 @@ def test_tables_that_depend_on_sizes_alone_may_be_kept(backend):
     np.testing.assert_array_equal(angles(3), [0, 0.5, 1])
 
 
+@BACKENDS
+@pytest.mark.parametrize("maxsize", [None, 128, 3])
+@pytest.mark.parametrize("typed", [False, True])
+def test_other_entries_of_an_lru_cache_stay(backend, maxsize, typed):
+    computed = []
+
+    @functools.lru_cache(maxsize=maxsize, typed=typed)
+    def table(n, name="a", *, scale=1.0):
+        computed.append((n, name, scale))
+        return {"table": (torch.arange(n) * scale, name)}
+
+    mine = [table(7), table(7, "b"), table(8, scale=2.0)]
+    f = torch2jax(lambda x: x + table(x.shape[0], scale=0.5)["table"][0].to(x.dtype), backend=backend)
+    for call in (f, jax.jit(f)):
+        np.testing.assert_allclose(call(jnp.zeros(3)), 0.5 * np.arange(3))
+    if maxsize == 3:  # the first one had to go
+        mine = mine[1:]
+    else:
+        assert table(7) is mine.pop(0)
+    assert table(7, "b") is mine[0]
+    assert table(8, scale=2.0) is mine[1]
+    assert computed.count((7, "b", 1.0)) == computed.count((8, "a", 2.0)) == 1
+    assert not isinstance(table(3, scale=0.5)["table"][0], torch._subclasses.FakeTensor)
+    np.testing.assert_array_equal(table(3, scale=0.5)["table"][0], [0, 0.5, 1])
+
+
 def into_a_slot(kept, x):
     kept["slot"][0] = x.detach()
 

@@ -14,9 +14,9 @@ from torch.overrides import TorchFunctionMode
 
 from pytorch2jax._autograd_functions import custom_functions
 from pytorch2jax._errors import CaptureError, Pytorch2JaxError
+from pytorch2jax._holders import Forgotten
 from pytorch2jax._internals import fake_tensor_mode, is_functorch_active, operators_on_functions
 from pytorch2jax._torch_state import forked_generators
-from pytorch2jax._tracking import Forgotten
 from pytorch2jax.xla._control_flow import handlers
 from pytorch2jax.xla._decompositions import FUNCTIONS, INSTEAD_OF_DETACHING, batch_norm_with_cumulative_average
 from pytorch2jax.xla._dtype_rules import NoKernelError
