@@ -14,6 +14,7 @@ import itertools
 import math
 import operator
 import re
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ from pytorch2jax._ffi import lower_host_call
 from pytorch2jax._internals import (
     ExecutionContext,
     buffer_callback,
+    n_devices,
     set_grad_enabled,
     tensor_from_capsule,
     tracing_with,
@@ -43,7 +45,7 @@ def lower_on_host(context: Any, *operands: Any, program: Program) -> Any:
 
     Copies: no input; each output once, into the buffer that XLA has for it, or not at all.
     """
-    call = _HostCall(program)
+    call = _HostCall(program, n_devices(context))
     function = call if not program.is_large(_TEAM_BYTES) else lambda *at: on_one_team(functools.partial(call, *at))
     return lower_host_call(
         context,
@@ -68,10 +70,16 @@ _TEAM_BYTES = 1 << 16  # less is not worth a second thread to torch
 
 
 class _HostCall:
-    """One program on the host, with tensors over the memory that XLA has used for it."""
+    """One program on the host, with tensors over the memory that XLA has used for it.
 
-    def __init__(self, program: Program) -> None:
+    Args:
+        program: the program.
+        n_devices: on how many devices XLA runs what it is part of.
+    """
+
+    def __init__(self, program: Program, n_devices: int) -> None:
         self._program = program
+        self._n_devices = n_devices
         self._inputs = [Views(spec) for spec in program.in_specs]
         self._outputs = [Views(spec) for spec in program.out_specs]
         self._shares_tensors = program.root.shares_tensors
@@ -104,7 +112,10 @@ class _HostCall:
                     views.clear()
                 if isinstance(error, KeyboardInterrupt):
                     raise
-                raise RuntimeError(_report(program, error)) from None
+                report = _report(program, error)
+                if self._n_devices > 1:
+                    _tell_now(report, self._n_devices)
+                raise RuntimeError(report) from None
             finally:
                 if recording:
                     set_grad_enabled(True)
@@ -188,6 +199,16 @@ def _report(program: Program, error: BaseException) -> str:
     text = "".join(traceback.format_exception(error))
     traceback.clear_frames(error.__traceback__)  # they hold views of XLA's memory
     return f"pytorch2jax error {number}: {program.describe()} raised {type(error).__name__}: {error}\n{text}"
+
+
+def _tell_now(report: str, n_devices: int) -> None:
+    """Print an error that may never reach its caller, because XLA ends the process."""
+    print(
+        f"{report}This was on one of {n_devices} devices. If the others wait for it (`jax.lax.psum`), XLA ends the "
+        "process after a while: XLA_FLAGS=--xla_cpu_collective_call_terminate_timeout_seconds=5 says after which.",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def original_error(error: Exception) -> BaseException | None:

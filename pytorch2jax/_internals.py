@@ -93,6 +93,7 @@ __all__ = [
     "lower_with_devices",
     "math_attention",
     "mlir",
+    "n_devices",
     "n_partitions",
     "operators_on_functions",
     "output_aval",
@@ -266,6 +267,13 @@ def n_partitions(context: Any) -> int:
     """Over how many devices XLA itself partitions the computation that is being lowered."""
     around = context.module_context.axis_context
     return around.num_devices if isinstance(around, ShardingContext) else 1
+
+
+def n_devices(context: Any) -> int:
+    """On how many devices the computation that is being lowered runs, partitioned by XLA or by `jax.shard_map`."""
+    around = context.module_context.axis_context
+    mesh = getattr(around, "mesh", None)
+    return n_partitions(context) if mesh is None else mesh.size
 
 
 def symbols_of(sizes: Iterable[Any]) -> dict[str, Any]:

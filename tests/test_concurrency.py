@@ -633,3 +633,39 @@ def test_forward_mode_in_several_threads():
     finally:
         sys.setswitchinterval(interval)
     assert not wrong
+
+
+FAILING_ON_ONE_DEVICE = """
+import jax, jax.numpy as jnp
+from pytorch2jax import torch2jax
+from jax.sharding import AxisType, PartitionSpec as P
+
+def fn(x):
+    if float(x.sum()) > 2:
+        raise ValueError("on one of them")
+    return x * 2
+
+f = torch2jax(fn, output_shapes=jax.ShapeDtypeStruct((2,), jnp.float32))
+mesh = jax.make_mesh((4,), ("i",), axis_types=(AxisType.Auto,))
+x = jnp.array([0, 0, 0, 0, 0, 0, 9, 9], jnp.float32)
+g = jax.jit(jax.shard_map(lambda x: jax.lax.psum(f(x), "i"), mesh=mesh, in_specs=P("i"), out_specs=P()))
+g(x).block_until_ready()
+"""
+
+
+@pytest.mark.exhaustive
+def test_an_error_on_one_of_several_devices_is_told_before_xla_ends_the_process():
+    """XLA lets the others wait for the one that is missing, and then aborts."""
+    flags = "--xla_force_host_platform_device_count=4 --xla_cpu_collective_call_terminate_timeout_seconds=1"
+    flags += " --xla_cpu_collective_call_warn_stuck_timeout_seconds=1"
+    done = subprocess.run(
+        [sys.executable, "-c", FAILING_ON_ONE_DEVICE],
+        env={**os.environ, "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "ValueError: on one of them" in done.stderr
+    assert "This was on one of 4 devices" in done.stderr
