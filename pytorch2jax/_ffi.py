@@ -8,11 +8,11 @@ the call frame, whose layout is fixed by the C API (`xla/ffi/api/c_api.h` in jax
 from __future__ import annotations
 
 import atexit
-import contextlib
 import ctypes
 import functools
 import secrets
 import struct
+import sys
 import threading
 import time
 import weakref
@@ -119,6 +119,8 @@ def _handle(frame: int) -> int | None:
             extension, api, n_in, inputs, n_out, outputs, attributes = _FRAME.unpack(_FrameBytes.from_address(frame))
             if extension:
                 _describe(extension)
+            elif _given_up:
+                _function(_number_in(attributes))[1](_addresses(outputs, n_out))
             else:
                 _function(_number_in(attributes))[0](_addresses(inputs, n_in), _addresses(outputs, n_out))
             if _exiting:
@@ -226,6 +228,7 @@ _interrupted = threading.local()
 # XLA's threads then, does not let them run it. So what is in flight ends before that.
 
 _exiting = False
+_given_up = False  # after an interrupt, nobody wants the results of what still runs: they are blank, and loops end
 _stayed: set[int] = set()
 _never = threading.Lock()
 _never.acquire()
@@ -244,14 +247,21 @@ def _wait_for_calls() -> None:
     """Before JAX drops its executables (it was imported earlier): wait for what the main thread has dispatched.
 
     Other threads that are daemons stay where they come to the handler next. One that does not in a few seconds, because
-    torch takes longer, is left alone.
+    torch takes longer, is left alone. After an interrupt, or with one while it waits, programs end without torch.
     """
-    global _exiting
+    global _exiting, _given_up
     if not _register.cache_info().currsize:
         return
-    _exiting = True
-    with contextlib.suppress(Exception):
-        _wait_for_programs()
+    _exiting, _given_up = True, getattr(sys, "last_type", None) is KeyboardInterrupt
+    waits = True
+    while waits:
+        try:
+            _wait_for_programs()
+            waits = False
+        except KeyboardInterrupt:
+            _given_up = True
+        except Exception:
+            waits = False
     end = time.monotonic() + _LONGEST_S
     while left := threads_running(_handle) - _stayed - {threading.get_ident()}:
         if all(map(is_python_thread, left)) and time.monotonic() > end:

@@ -669,3 +669,43 @@ def test_an_error_on_one_of_several_devices_is_told_before_xla_ends_the_process(
     assert done.returncode != 0
     assert "ValueError: on one of them" in done.stderr
     assert "This was on one of 4 devices" in done.stderr
+
+
+ENDLESS_ON_DEVICES = """
+import os, signal, threading
+import jax, jax.numpy as jnp, torch
+from pytorch2jax import torch2jax
+from jax.sharding import AxisType, PartitionSpec as P
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+def fn(x):
+    if not isinstance(x, torch._subclasses.FakeTensor) and not armed:
+        armed.append(threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)))
+        armed[0].start()
+    return x * 0.5
+
+armed, f = [], torch2jax(fn)
+mesh = jax.make_mesh((4,), ("i",), axis_types=(AxisType.Auto,))
+
+def loop(x):
+    return jax.lax.while_loop(lambda c: jax.lax.psum(c.sum(), "i") > -1, f, x)
+
+g = jax.jit(jax.shard_map(loop, mesh=mesh, in_specs=P("i"), out_specs=P("i"), check_vma=False))
+jax.block_until_ready(g(jnp.ones(8)))
+"""
+
+
+@pytest.mark.exhaustive
+def test_an_interrupted_program_with_collectives_ends():
+    done = subprocess.run(
+        [sys.executable, "-c", ENDLESS_ON_DEVICES],
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert done.returncode in (130, -2), (done.returncode, done.stderr[-2000:])
+    assert "KeyboardInterrupt" in done.stderr
+    assert "Fatal Python error" not in done.stderr
