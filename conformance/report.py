@@ -62,6 +62,20 @@ def save(folder: Path, results: dict[str, Any]) -> None:
     (folder / JSON_NAME).write_text(text)
 
 
+def merged(before: dict[str, Any] | None, answer: dict[str, Any], checks: Sequence[str]) -> dict[str, Any]:
+    """An operator's earlier answer with new outcomes of some checks."""
+    if before is None or "ended" in answer or "ended" in before:
+        return answer
+    kept = [outcome for outcome in before["outcomes"] if outcome["check"] not in checks]
+    return {
+        "outcomes": kept + answer["outcomes"],
+        "bridged": sorted({*before["bridged"], *answer["bridged"]}),
+        "families": sorted({*before["families"], *answer["families"]}),
+        "error": max(before["error"], answer["error"]),
+        "seconds": round(before["seconds"] + answer["seconds"], 2),
+    }
+
+
 def outcomes(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """All outcomes."""
     for answer in results["operators"].values():

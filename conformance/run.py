@@ -2,6 +2,7 @@
 
     make conformance                                       # everything; half an hour on two free cores
     make conformance CONFORMANCE_ARGS='--shard 2/8'        # a part; the others are kept
+    make conformance CONFORMANCE_ARGS='--check "vmap twice"'
     make conformance CONFORMANCE_ARGS=--missing            # go on where a run was stopped
     make conformance CONFORMANCE_ARGS='--operator linalg.svd --operator dropout --samples 50'
     make conformance CONFORMANCE_ARGS=--report             # check nothing, write the report anew
@@ -148,9 +149,8 @@ def main() -> None:
     if not options.report:
         everything = names()
         operators = chosen(options, everything)
-        described = report.describe(options.samples, options.check)
-        if results.get("made_with") != described:
-            results = {"made_with": described, "operators": {}}
+        if results.get("made_with") != report.describe(options.samples):  # else other checks and operators are kept
+            results = {"made_with": report.describe(options.samples, options.check), "operators": {}}
         answers = results["operators"]
         if options.missing:
             operators = [name for name in operators if name not in answers]
@@ -158,7 +158,7 @@ def main() -> None:
         kept = itertools.count(1)
 
         def keep(name: str, answer: dict[str, Any]) -> None:
-            answers[name] = answer
+            answers[name] = report.merged(answers.get(name), answer, options.check) if options.check else answer
             if next(kept) % _SAVED_EVERY == 0:
                 report.save(options.output, results)
 

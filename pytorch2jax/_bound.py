@@ -129,6 +129,7 @@ class Call(NamedTuple):
     variant: passed on to the callable.
     state: torch's ambient state.
     device: where the arrays are expected.
+    flushes: whether the user's thread takes subnormal numbers for zero.
     """
 
     arguments: Arguments
@@ -136,6 +137,7 @@ class Call(NamedTuple):
     variant: Hashable
     state: TorchState
     device: torch.device
+    flushes: bool
 
 
 class BoundFunction(RootProgram):
@@ -158,7 +160,7 @@ class BoundFunction(RootProgram):
         self.backend = self._options.backend
         self.at_sizes: Any = None  # where sizes are symbols: what the engine makes one program of
         self.name = function.name
-        self.state, self.device = call.state, call.device
+        self.state, self.device, self.flushes = call.state, call.device, call.flushes
         self._what = call
         self._plain = call.arguments.are_plain()
         self._itself = self._callable.plain_function()
@@ -207,7 +209,8 @@ class BoundFunction(RootProgram):
         self._out_dtypes = tuple(dtype_j2t(spec.dtype) for spec in self.inferred.specs)
         self._needs_grad = self.inferred.needs_grad
         self.forward_mode_errs, self.asks = self.inferred.forward_mode_errs, self.inferred.asks
-        self.hand_written, self.has_hooks = self.inferred.hand_written, self.inferred.hooks
+        self.hand_written = self.inferred.hand_written
+        self.has_hooks, self.registers_hooks = self.inferred.hooks, self.inferred.registers_hooks
         if self.inferred.runs_others:  # a backward may be about all of them
             self.recorded_too = tuple(i for i, spec in enumerate(self.in_specs) if is_inexact(spec.dtype))
         self.flattens, self.loops = self.inferred.flattens, self.inferred.loops
@@ -458,7 +461,7 @@ class BoundFunction(RootProgram):
             return self._call(inputs)
 
     def _call(self, inputs: list[torch.Tensor]) -> tuple[Any, list[torch.Tensor]]:
-        if not self.has_hooks or self.backend != "torch":  # the other engine refuses them
+        if not self.registers_hooks or self.backend != "torch":  # the other engine refuses them
             return self._call_plainly(inputs)
         with WithoutVainHooks():
             return self._call_plainly(inputs)

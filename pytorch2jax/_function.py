@@ -108,9 +108,8 @@ class TorchFunction:
         key = (around, specs)
         with self._lock:
             if key not in self._bound:
-                call = Call(arguments._replace(arrays=[]), n_own, variant, state, device)
+                call = Call(arguments._replace(arrays=[]), n_own, variant, state, device, flushes)
                 program = BoundFunction(self, call, specs, key)
-                program.flushes = flushes
                 self._infer(program, arrays, output_shapes, specs[n_own:])
                 self._bound[key] = program
                 while len(self._bound) > _KEPT_PROGRAMS:  # a new static value for each call

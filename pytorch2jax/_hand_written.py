@@ -10,7 +10,7 @@ out and refused.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,11 +21,11 @@ from pytorch2jax._errors import UnsupportedTransformError
 from pytorch2jax._internals import DETACHING, is_functorch_active, is_turning_grad_off, set_grad_enabled
 
 
-def recorded_backward(name: str, order: int, call: BackwardCall) -> Any:
+def recorded_backward(describe: Callable[[], str], order: int, call: BackwardCall) -> Any:
     """What a hand-written backward returns, with a graph in which no part is missing.
 
     Args:
-        name: of the derivative, for messages.
+        describe: tells which derivative it is, for messages.
         order: how many derivatives are taken.
         call: the call of the backward.
 
@@ -34,9 +34,9 @@ def recorded_backward(name: str, order: int, call: BackwardCall) -> Any:
     """
     if is_functorch_active():
         raise NotImplementedError("torch.vmap of the derivative of a hand-written backward is not supported")
-    result = call.backward(call.ctx, *call.cotangents) if order == 1 else _again(name, call)
-    what = f"{name}: {call.cls.__qualname__}: the backward of a torch.autograd.Function"
-    check_linear(what, call.cotangents, _listed(result))
+    result = call.backward(call.ctx, *call.cotangents) if order == 1 else _again(describe, call)
+    kind = "the backward of a torch.autograd.Function"
+    check_linear(lambda: f"{describe()}: {call.cls.__qualname__}: {kind}", call.cotangents, _listed(result))
     return result
 
 
@@ -91,14 +91,14 @@ class _Attached(TorchFunctionMode):
         return out
 
 
-def _again(name: str, call: BackwardCall) -> Any:
+def _again(describe: Callable[[], str], call: BackwardCall) -> Any:
     """The backward, after a forward with a graph.
 
     Raises:
         UnsupportedTransformError: it does not return the same then.
     """
     if call.inputs is None:
-        raise _not_again(name, call, "its call went unseen")
+        raise _not_again(describe, call, "its call went unseen")
     generator = torch.get_rng_state()
     with torch.no_grad():
         expected = call.backward(call.ctx, *call.cotangents)
@@ -111,17 +111,17 @@ def _again(name: str, call: BackwardCall) -> Any:
             ctx.take_outputs(call.ctx)
             result = call.backward(ctx, *call.cotangents)
     except Exception as error:
-        raise _not_again(name, call, f"{type(error).__name__}: {error}") from error
+        raise _not_again(describe, call, f"{type(error).__name__}: {error}") from error
     if not all(map(_is_same, _listed(expected), _listed(result))):
-        raise _not_again(name, call, "its backward returned something else then")
+        raise _not_again(describe, call, "its backward returned something else then")
     return result
 
 
-def _not_again(name: str, call: BackwardCall, reason: str) -> UnsupportedTransformError:
+def _not_again(describe: Callable[[], str], call: BackwardCall, reason: str) -> UnsupportedTransformError:
     return UnsupportedTransformError(
-        f"{name}: {call.cls.__qualname__}: expected a torch.autograd.Function whose forward can run once more with a "
-        f"graph, for derivatives of its backward, got one that cannot ({reason}). Let `forward` compute in torch what "
-        "it keeps for `backward`, from its inputs alone, or ask for first-order reverse mode (jax.grad)."
+        f"{describe()}: {call.cls.__qualname__}: expected a torch.autograd.Function whose forward can run once more "
+        f"with a graph, for derivatives of its backward, got one that cannot ({reason}). Let `forward` compute in "
+        "torch what it keeps for `backward`, from its inputs alone, or ask for first-order reverse mode (jax.grad)."
     )
 
 
@@ -144,14 +144,14 @@ def _listed(result: Any) -> list[Any]:
 # -- what is missing in the graph of a backward ----------------------------------------------------------------
 
 
-def check_linear(what: str, cotangents: Sequence[Any], results: Sequence[Any]) -> None:
+def check_linear(what: Callable[[], str], cotangents: Sequence[Any], results: Sequence[Any]) -> None:
     """Raise where a part of a backward has no graph.
 
     With `p` what it returns for cotangents `c`, `J` its derivative as its graph has it, and any `w`: `p` is linear in
     `c`, so that `<w, p>` equals `<c, J' w>`. Where a part has no graph, `J` lacks that part.
 
     Args:
-        what: of what kind it is, for messages.
+        what: tells of what kind it is, for messages.
         cotangents: what it got.
         results: what it returned.
 
@@ -177,9 +177,9 @@ def check_linear(what: str, cotangents: Sequence[Any], results: Sequence[Any]) -
     eps = max(torch.finfo(t.dtype).eps for t in (*live, *pulled))
     if math.isfinite(difference) and difference > 4 * math.sqrt(eps) * size:
         raise UnsupportedTransformError(
-            f"{what} cannot be differentiated (it is marked once_differentiable, computes outside of torch, or is not "
-            "linear in what it gets), and derivatives of it would come out without a part, or as zero. Write it with "
-            "torch operations only, or ask for first-order reverse mode (jax.grad)."
+            f"{what()} cannot be differentiated (it is marked once_differentiable, computes outside of torch, or is "
+            "not linear in what it gets), and derivatives of it would come out without a part, or as zero. Write it "
+            "with torch operations only, or ask for first-order reverse mode (jax.grad)."
         )
 
 

@@ -76,6 +76,7 @@ class Inferred(NamedTuple):
     flattens: whether nested batches have to be one, because of an operator.
     loops: whether batches have to be loops, because of an operator.
     hooks: whether it registers hooks on tensors, or its parameters have some, which act in backward passes alone.
+    registers_hooks: whether it registers them itself.
     """
 
     outputs: tuple[TensorSpec, ...]
@@ -102,6 +103,7 @@ class Inferred(NamedTuple):
     flattens: bool = False
     loops: bool = False
     hooks: bool = False
+    registers_hooks: bool = False
 
 
 # A torch function over flat tensors: returns what the user's function returned, and the values that the
@@ -224,6 +226,7 @@ def _noticed(
     errs = exposure.cuts or exposure.asks or hooks or tracker.has_wrong_tangents
     return inferred._replace(
         hooks=hooks,
+        registers_hooks=exposure.hooks,
         flattens=tracker.has_wrong_nesting,
         loops=tracker.has_wrong_batches,
         forward_mode_errs=errs,

@@ -239,7 +239,7 @@ class Program(abc.ABC):
 
     def _run_in(self, tensors: Sequence[torch.Tensor], style: Style) -> Tensors:
         # A backward pass is recorded for the derivatives of derivatives, and for forward mode by double backward.
-        records = self.order > 1 or (not style.forward_mode and any(p.forward_mode for p in self.chain()))
+        records = self.order > 1 or (not style.forward_mode and self.in_forward_mode)
         if style.fused and not records:
             return self.run(tensors, style, Around())
         with contextlib.ExitStack() as stack:
@@ -248,10 +248,13 @@ class Program(abc.ABC):
             if self.order > 1:
                 stack.enter_context(CompositeNorms())
             if records:
-                stack.enter_context(
-                    recorded_backwards(functools.partial(recorded_backward, self.describe(), self.order))
-                )
+                stack.enter_context(recorded_backwards(functools.partial(recorded_backward, self.describe, self.order)))
             return self.run(tensors, style, Around())
+
+    @functools.cached_property
+    def in_forward_mode(self) -> bool:
+        """Whether one of the derivatives is a `jvp`."""
+        return any(p.forward_mode for p in self.chain())
 
     @functools.cached_property
     def order(self) -> int:
@@ -267,7 +270,7 @@ class Program(abc.ABC):
     def _styles(self) -> list[Style]:
         """The part of the ladder in which this program's chain makes a difference."""
         chain = list(self.chain())
-        forward_mode = any(p.forward_mode for p in chain)
+        forward_mode = self.in_forward_mode
         batches = any(p.batches for p in chain)
         wanted = self._wanted_batching() if batches else None
         return [
@@ -318,7 +321,7 @@ class Program(abc.ABC):
     def _failure(self, failures: list[Exception]) -> Exception:
         first, last = failures[0], failures[-1]
         chain = list(self.chain())
-        if any(p.forward_mode for p in chain) and "modified by an inplace operation" in str(last):
+        if self.in_forward_mode and "modified by an inplace operation" in str(last):
             error = UnsupportedTransformError(
                 f"{self.describe()}: torch cannot compute this derivative, because the function writes in place to a "
                 f"tensor that its backward pass needs: {_first_line(last)} Make a new tensor there (`y = y + 1` for "
@@ -348,6 +351,7 @@ class RootProgram(Program):
     asks: bool = False  # whether tensors require a gradient, which torch.vmap denies
     hand_written: bool = True  # has a backward of the user's, which may look at parameters as objects
     has_hooks: bool = False  # on gradients
+    registers_hooks: bool = False  # in each call
     autocasts: bool = False
     loops: bool = False  # batches have to be loops, because torch is wrong for them
     flattens: bool = False  # batches of batches have to be one batch, because torch is wrong for them

@@ -95,7 +95,8 @@ class Derived(Program):
         finally:
             _RECORDING.program = before
         if self.root.has_hooks:
-            check_linear(f"{self.describe()}: a backward pass with hooks on its gradients", cotangents, pulled)
+            what = "a backward pass with hooks on its gradients"
+            check_linear(lambda: f"{self.describe()}: {what}", cotangents, pulled)
         return pulled
 
 
