@@ -7,6 +7,7 @@ when it is asked, so that it is looked for in the code that runs.
 
 from __future__ import annotations
 
+import cProfile
 import dis
 import functools
 import sys
@@ -37,7 +38,7 @@ class Question(NamedTuple):
 
 
 class CodeThatRuns:
-    """Within this context, the code that this thread runs is noted, as a profiler does.
+    """Within this context, the code that this thread runs is noted, as a profiler does. Another profiler has a break.
 
     seeds: whether it has set the state of one of torch's generators.
     autocasts: whether it has turned autocast on or off.
@@ -50,13 +51,17 @@ class CodeThatRuns:
 
     def __enter__(self) -> CodeThatRuns:
         self._before = sys.getprofile()
-        if self._before is None:  # else somebody measures
-            sys.setprofile(self._note)
+        if isinstance(self._before, cProfile.Profile):
+            self._before.disable()
+        sys.setprofile(self._note)
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._before is None:
+        if isinstance(self._before, cProfile.Profile):
             sys.setprofile(None)
+            self._before.enable()
+        else:
+            sys.setprofile(self._before)
 
     def _note(self, frame: types.FrameType, event: str, argument: Any) -> None:
         if event == "call":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import cProfile
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,3 +111,34 @@ def test_what_only_looks_at_the_seed_is_translated():
         return x + torch.rand(3)
 
     assert torch2jax(fn, backend="xla")(jnp.zeros(3), rng=jax.random.key(0)).shape == (3,)
+
+
+@pytest.mark.parametrize("profiler", ["cProfile", "a function"])
+def test_questions_are_heard_under_a_profiler(profiler):
+    def fn(x):
+        return x * 2 if type(x) is torch.Tensor else x * 3
+
+    f = torch2jax(fn, backend="xla")
+    seen = []
+    profile = cProfile.Profile()
+    begin, end = (
+        (profile.enable, profile.disable)
+        if profiler == "cProfile"
+        else (
+            lambda: sys.setprofile(lambda *event: seen.append(event[1])),
+            lambda: sys.setprofile(None),
+        )
+    )
+    begin()
+    try:
+        with pytest.raises(CaptureError, match="exactly torch.Tensor"):
+            f(jnp.ones(3))
+        seen.clear()
+        jnp.ones(3)
+        if profiler == "cProfile":
+            profile.create_stats()
+            assert any("ones" in key[2] for key in profile.stats)
+        else:
+            assert seen
+    finally:
+        end()
