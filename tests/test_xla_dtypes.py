@@ -190,3 +190,26 @@ def test_dtypes_that_fake_tensors_get_wrong():
     found = torch2jax(fn, backend="xla")(t2j(x, copy=True), jnp.ones(3, jnp.float32))
     assert str(found.dtype) == "float32"
     np.testing.assert_allclose(found, expected, rtol=1e-2)
+
+
+RUNS = []
+
+
+@torch.library.custom_op("pytorch2jax_tests::noted", mutates_args=())
+def noted(x: torch.Tensor) -> torch.Tensor:
+    RUNS.append(x.clone())
+    return x * 2
+
+
+@noted.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_operators_of_users_are_not_tried_out():
+    RUNS.clear()
+    for dtype in (jnp.float32, jnp.int32):
+        x = jnp.full(3, 7, dtype)
+        np.testing.assert_array_equal(torch2jax(noted, backend="xla")(x), 2 * x)
+    assert [run.tolist() for run in RUNS] == [[7.0] * 3, [7] * 3]

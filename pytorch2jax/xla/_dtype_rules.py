@@ -17,6 +17,7 @@ import torch
 from pytorch2jax._internals import torch_pytree
 from pytorch2jax.xla._internals import OpOverload, outside_of_modes
 
+_TORCHS = ("aten", "prims")
 _FEW_ELEMENTS = 1 << 18  # with which an operator takes no time
 _ABOUT_DTYPES = re.compile(
     r"dtype|scalar type|data type|not implemented for|same type|tensor type|type promotion|integral|integer|floating|"
@@ -46,10 +47,13 @@ _ANSWERS: dict[Any, Answer] = {}
 
 
 def ask(func: OpOverload, args: Any, kwargs: Any) -> Answer:
-    """Ask torch, or remember what it said, what an operator does with arguments of these dtypes."""
+    """Ask torch, or remember what it said, what an operator does with arguments of these dtypes.
+
+    Torch's own operators alone are asked: those of users may do anything.
+    """
     leaves, tree = torch_pytree.tree_flatten((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    if not tensors or any(t.layout is not torch.strided for t in tensors):
+    if func.namespace not in _TORCHS or not tensors or any(t.layout is not torch.strided for t in tensors):
         return _UNKNOWN
     key = (func, tree, torch.get_default_dtype(), tuple(map(_kind, leaves)))
     if key not in _ANSWERS:
