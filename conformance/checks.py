@@ -200,5 +200,8 @@ DERIVATIVES = (
     "vmap of hessian",
 )
 
-IN_MANY_WAYS = ("vmap twice", "vmap of jacrev", "vmap of jacfwd", "vmap of hessian", "pairs of dtypes")
+TWICE = ("vmap twice", "vmap of jacrev", "vmap of jacfwd", "vmap of hessian")
+"""Those on two levels of `vmap`. With `backend="xla"`, where each mix of arguments is compiled, they take one sample."""
+
+IN_MANY_WAYS = (*TWICE, "pairs of dtypes")
 """These run each sample many times, and outside of `jax.jit` alone."""

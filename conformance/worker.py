@@ -24,7 +24,7 @@ import jax
 import torch
 
 from conformance import samples
-from conformance.checks import CHECKS, DERIVATIVES, IN_MANY_WAYS
+from conformance.checks import CHECKS, DERIVATIVES, IN_MANY_WAYS, TWICE
 from conformance.compare import WrongError
 from conformance.converted import eagerly
 from conformance.exceptions import BACKEND, skipped
@@ -81,7 +81,7 @@ def check_operator(name: str, count: int, checks: Collection[str] = tuple(CHECKS
                 continue
             outcome = Outcome(name, check, _short(dtype))
             calls = take(dtype, _kind(check))
-            for number, call in enumerate(calls[:1] if check in IN_MANY_WAYS and BACKEND == "xla" else calls):
+            for number, call in enumerate(calls[:1] if check in TWICE and BACKEND == "xla" else calls):
                 for way in (eagerly, jax.jit) if number == 0 and check not in IN_MANY_WAYS else (eagerly,):
                     _count(outcome, functools.partial(function, op, call, way), call)
             if outcome.passed or outcome.refused or outcome.failed:
