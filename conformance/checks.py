@@ -201,7 +201,7 @@ DERIVATIVES = (
 )
 
 TWICE = ("vmap twice", "vmap of jacrev", "vmap of jacfwd", "vmap of hessian")
-"""Those on two levels of `vmap`. With `backend="xla"`, where each mix of arguments is compiled, they take one sample."""
+"""Those on two levels of `vmap`. With `backend="xla"`, where each mix of arguments is compiled, one sample is taken."""
 
 IN_MANY_WAYS = (*TWICE, "pairs of dtypes")
 """These run each sample many times, and outside of `jax.jit` alone."""
