@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import gc
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
@@ -23,66 +23,68 @@ class Forgotten:
         self.refused: list[type] = []
         self.buries = False
         self._emptied: list[tuple[Any, int, int]] = []
-        for tensor in tensors:
-            self._forget(tensor, {id(tensors)}, depth=3)
+        if tensors:
+            self._forget(tensors, {id(tensors)}, depth=3)
 
-    def _forget(self, value: Any, known: set[int], depth: int) -> None:
-        holders = [h for h in gc.get_referrers(value) if id(h) not in known and not isinstance(h, FrameType)]
-        known = {*known, id(holders)}
+    def _forget(self, values: Sequence[Any], known: set[int], depth: int) -> None:
+        holders = [h for h in gc.get_referrers(*values) if id(h) not in known and not isinstance(h, FrameType)]
+        known = {*known, id(values), id(holders)}
+        ids, cached = set(map(id, values)), self._taken_from_caches(holders, known) if depth else set()
+        tuples = []
         for holder in holders:
             if isinstance(holder, functools._lru_cache_wrapper):
-                self.buries |= _delete_entry(holder, value)
-            elif isinstance(holder, (dict, list, tuple)) and depth and (cached := _cache_of(holder, known)):
-                self.buries |= _delete_entry(cached, holder)
+                self._delete_entries(holder, ids)
+            elif id(holder) in cached:
+                pass
             elif isinstance(holder, dict) and not _is_namespace(holder):
-                for key in _places(holder.items(), value):
+                for key in [key for key, value in holder.items() if id(value) in ids]:
                     del holder[key]
             elif isinstance(holder, (list, collections.deque)):
-                for index in _places(enumerate(holder), value):
+                for index in [index for index, value in enumerate(holder) if id(value) in ids]:
                     holder[index] = None  # the place may have been there before
                     self._emptied.append((holder, index, len(holder)))
             elif isinstance(holder, tuple) and depth:
-                self._forget(holder, known, depth - 1)
+                tuples.append(holder)
             elif type(holder).__name__ != "weakref":
                 self.refused.append(type(holder))
+        if tuples:
+            self._forget(tuples, known, depth - 1)
+
+    def _taken_from_caches(self, holders: Sequence[Any], known: set[int]) -> set[int]:
+        """Take containers that are values of an `lru_cache` away from there, so that nobody finds one incomplete."""
+        containers = [h for h in holders if isinstance(h, (dict, list, tuple))]
+        if not containers:
+            return set()
+        around = [h for h in gc.get_referrers(*containers) if id(h) not in known]
+        tables = [h for h in around if type(h) is dict]
+        caches = [h for h in around if isinstance(h, functools._lru_cache_wrapper)]
+        if tables:  # those of caches without a bound
+            caches += [h for h in gc.get_referrers(*tables) if isinstance(h, functools._lru_cache_wrapper)]
+        ids = set(map(id, containers))
+        return {number for cache in caches for number in self._delete_entries(cache, ids)}
+
+    def _delete_entries(self, cached: functools._lru_cache_wrapper[Any], ids: set[int]) -> set[int]:
+        """Delete the entries of an `lru_cache` that have these values, and no others.
+
+        In the dict of one with a bound are links that do not show their values, so that the cache is asked for each of
+        its keys. A link without a key goes when its turn comes to make room.
+        """
+        table, parameters = _table(cached), cached.cache_parameters()
+        found = set()
+        for key in list(table):
+            args, kwargs = _arguments_of(key, typed=parameters["typed"])
+            number = id(cached(*args, **kwargs))
+            if number in ids:
+                del table[key]
+                found.add(number)
+        self.buries |= bool(found) and parameters["maxsize"] is not None
+        return found
 
     def close_gaps(self) -> None:
         """After another run: where that has filled other places, the places were made for the tensors."""
         for holder, index, length in reversed(self._emptied):
             if len(holder) > length and holder[index] is None:
                 del holder[index]
-
-
-def _places(items: Iterable[tuple[Any, Any]], value: Any) -> list[Any]:
-    return [place for place, held in items if held is value]
-
-
-def _cache_of(container: Any, known: set[int]) -> Any:
-    """The `lru_cache` of which a container is a value: without its entry, nobody finds the container incomplete."""
-    for holder in gc.get_referrers(container):
-        if isinstance(holder, functools._lru_cache_wrapper):
-            return holder
-        if type(holder) is dict and id(holder) not in known:
-            for owner in gc.get_referrers(holder):
-                if isinstance(owner, functools._lru_cache_wrapper) and holder is _table(owner):
-                    return owner
-    return None
-
-
-def _delete_entry(cached: functools._lru_cache_wrapper[Any], value: Any) -> bool:
-    """Delete the entries of a `lru_cache` that hold a value, and no others; whether one of them is still there.
-
-    In the dict of one with a bound are links that do not show their values, so that the cache is asked for each of its
-    keys. A link without a key goes when its turn comes to make room.
-    """
-    table, parameters = _table(cached), cached.cache_parameters()
-    found = False
-    for key in list(table):
-        args, kwargs = _arguments_of(key, typed=parameters["typed"])
-        if cached(*args, **kwargs) is value:
-            del table[key]
-            found = True
-    return found and parameters["maxsize"] is not None
 
 
 def _table(cached: functools._lru_cache_wrapper[Any]) -> dict[Any, Any]:
@@ -112,15 +114,14 @@ def _arguments_of(key: Any, *, typed: bool) -> tuple[tuple[Any, ...], dict[str, 
 
 def holders_of(tensors: Sequence[torch.Tensor], *ours: Sequence[torch.Tensor]) -> list[str]:
     """Who holds tensors besides lists of ours, as far as it has a name."""
-    found, known = set(), {id(tensors), *map(id, ours)}
-    for tensor in tensors:
-        for holder in gc.get_referrers(tensor):
-            if isinstance(holder, functools._lru_cache_wrapper):
-                found.add(f"the cache of `{holder.__wrapped__.__qualname__}`")
-            elif isinstance(holder, dict):
-                found |= {f"a dict, under {k!r}" for k, v in holder.items() if v is tensor}
-            elif isinstance(holder, (list, collections.deque)) and id(holder) not in known:
-                found.add(f"a {type(holder).__name__}")
+    found, ids, known = set(), set(map(id, tensors)), {id(tensors), *map(id, ours)}
+    for holder in gc.get_referrers(*tensors) if tensors else ():
+        if isinstance(holder, functools._lru_cache_wrapper):
+            found.add(f"the cache of `{holder.__wrapped__.__qualname__}`")
+        elif isinstance(holder, dict):
+            found |= {f"a dict, under {key!r}" for key, value in holder.items() if id(value) in ids}
+        elif isinstance(holder, (list, collections.deque)) and id(holder) not in known:
+            found.add(f"a {type(holder).__name__}")
     return sorted(found)
 
 
