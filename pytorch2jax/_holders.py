@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from pytorch2jax._errors import InferenceError
+
 
 class Forgotten:
     """Tensors that were taken out of the caches that hold them: dicts, lists and `functools.lru_cache`.
@@ -40,7 +42,10 @@ class Forgotten:
                 for key in [key for key, value in holder.items() if id(value) in ids]:
                     del holder[key]
             elif isinstance(holder, (list, collections.deque)):
-                for index in [index for index, value in enumerate(holder) if id(value) in ids]:
+                for index in [index for index, value in enumerate(holder) if id(value) in ids][::-1]:
+                    if isinstance(holder, collections.deque):
+                        del holder[index]
+                        continue
                     holder[index] = None  # the place may have been there before
                     self._emptied.append((holder, index, len(holder)))
             elif isinstance(holder, tuple) and depth:
@@ -82,7 +87,7 @@ class Forgotten:
 
     def close_gaps(self) -> None:
         """After another run: where that has filled other places, the places were made for the tensors."""
-        for holder, index, length in reversed(self._emptied):
+        for holder, index, length in self._emptied:
             if len(holder) > length and holder[index] is None:
                 del holder[index]
 
@@ -112,6 +117,28 @@ def _arguments_of(key: Any, *, typed: bool) -> tuple[tuple[Any, ...], dict[str, 
     return key[:mark], dict(zip(named[::2], named[1::2], strict=True))
 
 
+class _LeftBehind(torch.Tensor):
+    """A tensor of a trial run in a place where it could not be taken away: whatever is done with it is an error."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise InferenceError(
+            "a tensor that an earlier call has left somewhere (a global object, an attribute of a class, a context "
+            "variable) when the library ran the function to learn its outputs: expected a function of its arguments. "
+            "Its values are none: delete it from there, and compute it in each call, or before the first one."
+        )
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        return cls.__torch_function__(func, types, args, kwargs)
+
+
+def disable(tensors: Sequence[torch.Tensor]) -> None:
+    """Make tensors of a trial run such that nobody can compute with them: to torch, a fake one is memory like any."""
+    for tensor in tensors:
+        object.__setattr__(tensor, "__class__", _LeftBehind)
+
+
 def holders_of(tensors: Sequence[torch.Tensor], *ours: Sequence[torch.Tensor]) -> list[str]:
     """Who holds tensors besides lists of ours, as far as it has a name."""
     found, ids, known = set(), set(map(id, tensors)), {id(tensors), *map(id, ours)}
@@ -126,5 +153,8 @@ def holders_of(tensors: Sequence[torch.Tensor], *ours: Sequence[torch.Tensor]) -
 
 
 def _is_namespace(table: dict[Any, Any]) -> bool:
-    """Whether a dict is the attributes of some object, where a missing name is an error."""
-    return any(getattr(owner, "__dict__", None) is table for owner in gc.get_referrers(table))
+    """Whether a dict is the attributes of some object or class, where a missing name is an error.
+
+    From that of a class nothing may be deleted in this way: the interpreter remembers what it has looked up there.
+    """
+    return any(isinstance(o, type) or getattr(o, "__dict__", None) is table for o in gc.get_referrers(table))

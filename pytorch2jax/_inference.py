@@ -22,7 +22,7 @@ from pytorch2jax._control_flow import RUN, TRIED, Noticed
 from pytorch2jax._destination import Maker
 from pytorch2jax._dtypes import canonical_dtype_t2j, dtype_j2t
 from pytorch2jax._errors import CaptureError, InferenceError, LeafTypeError, Pytorch2JaxError, StateError
-from pytorch2jax._holders import Forgotten, holders_of
+from pytorch2jax._holders import Forgotten, disable, holders_of
 from pytorch2jax._internals import fake_tensor_mode, operators_on_functions
 from pytorch2jax._questions import CodeThatRuns, Question
 from pytorch2jax._torch_state import forked_generators, host_generators
@@ -158,20 +158,22 @@ def infer(
         StateError: a run reads what the run before has computed from its arguments.
         InferenceError: the function could be run neither on fake nor on real tensors.
     """
+    trackers: list[Tracker] = []
     with torch.inference_mode(False), forked_generators(host=True):
         try:
-            inferred, tracker, asks_for_types = _infer_fake(name, call, inputs, device, around)
+            inferred, asks_for_types = _infer_fake(name, call, inputs, device, around, trackers)
             reason = "it asks for types of tensors" if asks_for_types else "tensors that it keeps"
         except Pytorch2JaxError:
+            around.put_back()
+            for tracker in trackers:
+                _forget(tracker.survivors())
             raise
         except Exception as error:
-            inferred, tracker, asks_for_types, reason = None, None, False, type(error).__name__
+            inferred, asks_for_types, reason = None, False, type(error).__name__
         around.put_back()
-        forgotten = None
-        if tracker is not None and inferred is not None:
-            forgotten = _forget_survivors(name, tracker)
-            if not (forgotten or asks_for_types):
-                return inferred
+        forgotten = _forget_survivors(name, trackers, refuses=inferred is not None)
+        if inferred is not None and not (forgotten or asks_for_types):
+            return inferred
         try:
             inferred = _infer_real(name, call, inputs, values, around)
             if forgotten:
@@ -189,13 +191,19 @@ def infer(
 
 
 def _infer_fake(
-    name: str, call: FlatCall, inputs: Sequence[TensorSpec], device: torch.device, around: Surroundings
-) -> tuple[Inferred, Tracker, bool]:
+    name: str,
+    call: FlatCall,
+    inputs: Sequence[TensorSpec],
+    device: torch.device,
+    around: Surroundings,
+    trackers: list[Tracker],
+) -> tuple[Inferred, bool]:
     host = host_generators()
     exposure = Exposure()
     with fake_tensor_mode():
         tensors = [torch.empty(s.shape, dtype=s.dtype, device=device) for s in inputs]
         tracker = Tracker(tensors, tensors[around.n_own :])
+        trackers.append(tracker)
         noticed = Noticed(TRIED)
         with tracker, operators_on_functions(noticed), noticed_functions() as functions, CodeThatRuns() as code:
             result, needs_grad = run_without_graph(call, tensors, exposure)
@@ -215,7 +223,7 @@ def _infer_fake(
     written = frozenset(range(len(inputs))) if exposure.happened else exposure.outputs_among(tensors)
     inferred = inferred._replace(written=inferred.written | written)
     inferred = _with_functions(inferred, functions)._replace(autocasts=code.autocasts)
-    return _with_host_randomness(inferred, host), tracker, bool(questions)
+    return _with_host_randomness(inferred, host), bool(questions)
 
 
 def _noticed(
@@ -279,13 +287,27 @@ def _with_host_randomness(inferred: Inferred, before: Any) -> Inferred:
     return inferred if same else inferred._replace(random=True, host_random=True)
 
 
-def _forget_survivors(name: str, tracker: Tracker) -> Forgotten | None:
-    """The fake tensors that the function has kept outside of its module's attributes, if any; they are taken away."""
-    if not (survivors := tracker.survivors()):
+def _forget(tensors: Sequence[torch.Tensor]) -> Forgotten:
+    """Take tensors of a trial run away from where they are kept; those that remain there are of no use to anybody."""
+    forgotten = Forgotten(tensors)
+    disable(tensors)
+    return forgotten
+
+
+def _forget_survivors(name: str, trackers: Sequence[Tracker], *, refuses: bool) -> Forgotten | None:
+    """The fake tensors that the function has kept outside of its module's attributes, if any; they are taken away.
+
+    Raises:
+        InferenceError: they could not, and this `refuses`.
+    """
+    survivors = [tensor for tracker in trackers for tensor in tracker.survivors()]
+    if not survivors:
         return None
-    forgotten = Forgotten(survivors)
+    forgotten = _forget(survivors)
     del survivors
-    if (forgotten.refused or not forgotten.buries) and tracker.survivors():
+    if not refuses or (forgotten.buries and not forgotten.refused):
+        return forgotten
+    if any(tracker.survivors() for tracker in trackers):
         holders = ", ".join(sorted({t.__name__ for t in forgotten.refused})) or "an unknown place"
         raise InferenceError(
             f"{name}: keeps tensors from one call to the next in {holders}, expected a function of its arguments. "
@@ -332,7 +354,12 @@ def _infer_real(
         noticed_functions() as functions,
         CodeThatRuns() as code,
     ):
-        result, needs_grad = run_without_graph(call, tensors, exposure)
+        try:
+            result, needs_grad = run_without_graph(call, tensors, exposure)
+        except BaseException:
+            around.put_back()
+            _forget(tracker.kept())
+            raise
         inferred = _conclude(name, result, tensors, tracker)
     inferred = _with_functions(inferred, functions)._replace(autocasts=code.autocasts)
     _check_foreign(name, around, tracker)
@@ -370,7 +397,7 @@ def _check_not_used(
     if not any(used):
         return
     where = sorted({name for names, is_used in zip(holders, used, strict=True) if is_used for name in names})
-    Forgotten([*kept, *tracker.kept()])
+    _forget([*kept, *tracker.kept()])
     raise StateError(
         f"{name}: keeps what it computes from its arguments or parameters in {', '.join(where) or 'an attribute'}, and "
         "uses it in the next call, which a function of its arguments cannot. Compute it in each call, or, where it "

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from pytorch2jax._autograd_functions import custom_functions
 from pytorch2jax._errors import CaptureError, Pytorch2JaxError
-from pytorch2jax._holders import Forgotten
+from pytorch2jax._holders import Forgotten, disable
 from pytorch2jax._internals import fake_tensor_mode, is_functorch_active, operators_on_functions
 from pytorch2jax._torch_state import forked_generators
 from pytorch2jax.xla._control_flow import handlers
@@ -81,7 +81,9 @@ def capture(
         seen = recorder.seen()
         del tensors, outputs, recorder
         gc.collect()
-        Forgotten([t for ref in seen if (t := ref()) is not None])
+        left = [t for ref in seen if (t := ref()) is not None]
+        Forgotten(left)
+        disable(left)
     return graph
 
 
