@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import contextlib
+import contextvars
 import functools
 
 import jax
@@ -12,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from pytorch2jax import StateError, convert_pytnn_to_jax, t2j, torch2jax
+from pytorch2jax import CaptureError, InferenceError, StateError, convert_pytnn_to_jax, t2j, torch2jax
 
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "xla"])
 
@@ -219,3 +221,80 @@ def test_tensors_in_attributes_of_scripted_modules():
         np.testing.assert_allclose(apply(other, t2j(x)), 2 * model(x).detach(), rtol=1e-6)
     gradient = jax.grad(lambda p: apply(p, t2j(x)).sum())(params)
     np.testing.assert_allclose(gradient["linear"]["bias"], [8.0, 8.0, 8.0])
+
+
+# -- places from which nothing can be taken away -----------------------------------------------------------------
+
+
+class Keeper:
+    last = None
+
+
+def in_a_class(x):
+    if Keeper.last is None:
+        Keeper.last = x * 1
+    return x + Keeper.last
+
+
+def in_an_object(x, keeper=Keeper()):  # noqa: B008
+    if keeper.last is None:
+        keeper.last = x * 1
+    return x + keeper.last
+
+
+VARIABLE = contextvars.ContextVar("VARIABLE", default=None)
+
+
+def in_a_context(x):
+    if VARIABLE.get() is None:
+        VARIABLE.set(x * 1)
+    return x + VARIABLE.get()
+
+
+def in_a_cell():
+    last = None
+
+    def fn(x):
+        nonlocal last
+        if last is None:
+            last = x * 1
+        return x + last
+
+    return fn
+
+
+@BACKENDS
+@pytest.mark.parametrize("make", [lambda: in_a_class, lambda: in_an_object, lambda: in_a_context, in_a_cell])
+def test_what_stays_of_a_trial_run_is_never_computed_with(make, backend):
+    """A fake tensor has no memory: an operator that takes it for a real one reads somebody else's, or crashes."""
+    f, x = torch2jax(make(), backend=backend), jnp.ones(3)
+    first_token = VARIABLE.set(None)
+    try:
+        with pytest.raises(InferenceError, match="keeps tensors from one call to the next"):
+            f(x)
+        for call in (f, jax.jit(f), jax.grad(lambda x: f(x).sum()), torch2jax(f.__wrapped__)):
+            with pytest.raises(InferenceError, match=r"left somewhere \(a global object.*delete it from there"):
+                call(x)
+    finally:
+        VARIABLE.reset(first_token)
+        Keeper.last = None
+        in_an_object.__defaults__[0].__dict__.clear()
+
+
+@BACKENDS
+def test_a_trial_run_that_fails_half_way_leaves_nothing(backend):
+    kept, recent = {}, collections.deque(maxlen=4)
+
+    def fn(x):
+        if "table" not in kept:
+            kept["table"] = torch.arange(x.shape[0]).to(x.dtype)
+        recent.append(x * 2)
+        return x * kept["table"] + float(x.sum())  # which fake tensors do not have
+
+    f = torch2jax(fn, backend="torch")
+    with pytest.raises(CaptureError) if backend == "xla" else contextlib.nullcontext():
+        torch2jax(fn, backend=backend)(jnp.ones(3))
+    for x in (jnp.ones(3), 2 * jnp.ones(3)):
+        for call in (f, jax.jit(f)):
+            np.testing.assert_allclose(call(x), x * np.arange(3) + 3 * x[0])
+    assert all(type(t) is torch.Tensor for t in [*kept.values(), *recent])
