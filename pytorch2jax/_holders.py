@@ -118,10 +118,16 @@ def _arguments_of(key: Any, *, typed: bool) -> tuple[tuple[Any, ...], dict[str, 
 
 
 class _LeftBehind(torch.Tensor):
-    """A tensor of a trial run in a place where it could not be taken away: whatever is done with it is an error."""
+    """A tensor of a trial run in a place where it could not be taken away: whatever is done with it is an error.
+
+    n_uses: how often that was. TorchScript hides the error.
+    """
+
+    n_uses = 0
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        _LeftBehind.n_uses += 1
         raise InferenceError(
             "a tensor that an earlier call has left somewhere (a global object, an attribute of a class, a context "
             "variable) when the library ran the function to learn its outputs: expected a function of its arguments. "
@@ -131,6 +137,11 @@ class _LeftBehind(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return cls.__torch_function__(func, types, args, kwargs)
+
+
+def n_uses_of_disabled() -> int:
+    """How often somebody has tried to use a tensor that was disabled."""
+    return _LeftBehind.n_uses
 
 
 def disable(tensors: Sequence[torch.Tensor]) -> None:

@@ -22,7 +22,7 @@ from pytorch2jax._control_flow import RUN, TRIED, Noticed
 from pytorch2jax._destination import Maker
 from pytorch2jax._dtypes import canonical_dtype_t2j, dtype_j2t
 from pytorch2jax._errors import CaptureError, InferenceError, LeafTypeError, Pytorch2JaxError, StateError
-from pytorch2jax._holders import Forgotten, disable, holders_of
+from pytorch2jax._holders import Forgotten, disable, holders_of, n_uses_of_disabled
 from pytorch2jax._internals import fake_tensor_mode, operators_on_functions
 from pytorch2jax._questions import CodeThatRuns, Question
 from pytorch2jax._torch_state import forked_generators, host_generators
@@ -174,6 +174,7 @@ def infer(
         forgotten = _forget_survivors(name, trackers, refuses=inferred is not None)
         if inferred is not None and not (forgotten or asks_for_types):
             return inferred
+        n_uses = n_uses_of_disabled()
         try:
             inferred = _infer_real(name, call, inputs, values, around)
             if forgotten:
@@ -182,6 +183,8 @@ def infer(
         except Pytorch2JaxError:
             raise
         except Exception as error:
+            if n_uses_of_disabled() > n_uses:
+                raise StateError(_KEEPS.format(name=name, where="an attribute")) from error
             raise InferenceError(
                 f"{name}: running it once to learn its outputs failed: {type(error).__name__}: {error}\n"
                 f"Inputs: {', '.join(f'{s.path}: {s.dtype}{list(s.shape)}' for s in inputs) or 'none'}. "
@@ -398,11 +401,14 @@ def _check_not_used(
         return
     where = sorted({name for names, is_used in zip(holders, used, strict=True) if is_used for name in names})
     _forget([*kept, *tracker.kept()])
-    raise StateError(
-        f"{name}: keeps what it computes from its arguments or parameters in {', '.join(where) or 'an attribute'}, and "
-        "uses it in the next call, which a function of its arguments cannot. Compute it in each call, or, where it "
-        "depends on nothing that JAX passes, compute it before."
-    )
+    raise StateError(_KEEPS.format(name=name, where=", ".join(where) or "an attribute"))
+
+
+_KEEPS = (
+    "{name}: keeps what it computes from its arguments or parameters in {where}, and uses it in the next call, which a "
+    "function of its arguments cannot. Compute it in each call, or, where it depends on nothing that JAX passes, "
+    "compute it before."
+)
 
 
 def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
