@@ -42,7 +42,7 @@ endurance: $(STAMP) ## Look for growth over a hundred thousand calls and a thous
 conformance: $(STAMP) ## Compare torch's own database of operators with torch (half an hour)
 	$(BIN)/python -m conformance.run $(CONFORMANCE_ARGS)
 
-conformance-xla: $(STAMP) ## The same for backend="xla"
+conformance-xla: $(STAMP) ## The same for backend="xla" (an hour)
 	PYTORCH2JAX_CONFORMANCE_BACKEND=xla $(BIN)/python -m conformance.run $(CONFORMANCE_ARGS)
 
 versions: ## Run the tests on the lowest declared versions, on middle and on the newest ones; builds three environments

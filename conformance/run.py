@@ -1,6 +1,6 @@
 """Run the library on torch's own database of operators, with torch as the oracle.
 
-    make conformance                                       # everything; half an hour on two free cores, an hour for the second engine
+    make conformance                                       # everything; half an hour on two free cores
     make conformance CONFORMANCE_ARGS='--shard 2/8'        # a part; the others are kept
     make conformance CONFORMANCE_ARGS='--check "vmap twice"'
     make conformance CONFORMANCE_ARGS=--missing            # go on where a run was stopped
