@@ -125,6 +125,9 @@ class _LeftBehind(torch.Tensor):
 
     n_uses = 0
 
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return "<a tensor of a trial run>"
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         _LeftBehind.n_uses += 1
