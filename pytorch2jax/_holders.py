@@ -125,7 +125,7 @@ class _LeftBehind(torch.Tensor):
 
     n_uses = 0
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return "<a tensor of a trial run>"
 
     @classmethod

@@ -367,9 +367,9 @@ _INEXACT = frozenset(
 def _retyped(out: Any, dtypes: tuple[torch.dtype | None, ...]) -> Any:
     """Results with the dtypes that torch's kernel gives them, where fake tensors have others."""
     results = out if isinstance(out, (list, tuple)) else [out]
-    if len(results) != len(dtypes) or all(d is None or r.dtype is d for r, d in zip(results, dtypes, strict=True)):
+    if len(results) != len(dtypes) or all(getattr(r, "dtype", d) is d for r, d in zip(results, dtypes, strict=True)):
         return out
-    retyped = [r if d is None else r.to(d) for r, d in zip(results, dtypes, strict=True)]
+    retyped = [r.to(d) if isinstance(r, torch.Tensor) and d else r for r, d in zip(results, dtypes, strict=True)]
     return type(out)(retyped) if isinstance(out, (list, tuple)) else retyped[0]
 
 
