@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import torch
 from torch import nn
 
 from pytorch2jax._arguments import take_apart
 from pytorch2jax._bound import BoundFunction
 from pytorch2jax._engines import run as run_program
-from pytorch2jax._errors import ConversionError, InferenceError, RandomnessError
+from pytorch2jax._errors import ConversionError, InferenceError, OptionError, RandomnessError
 from pytorch2jax._function import TorchFunction
 from pytorch2jax._options import Options, checked_backend
 from pytorch2jax._params import (
@@ -238,6 +239,8 @@ class ConvertedModule:
         Returns:
             What the module returned, and the new state.
         """
+        if type(train) is not bool:
+            train = self._mode(train)
         inputs, program = self._bind(params, state, args, kwargs, train)
         values = list(inputs)
         if program.inferred.random:
@@ -254,6 +257,19 @@ class ConvertedModule:
             return out, state
         first, end = len(self.layout.params), len(self.layout.params) + len(self.layout.state)
         return out, nest(self.layout.state, [changed.get(i, values[i]) for i in range(first, end)])
+
+    def _mode(self, train: Any) -> bool | None:
+        """A mode that is given in another way than as `True` or `False`."""
+        if train is None:
+            return None
+        if isinstance(train, (int, np.bool_)):
+            return bool(train)
+        given = next((given for given, (name, _) in self._keywords.items() if name == "train"), "train")
+        raise OptionError(
+            f"{self.name}: `{given}` has to be a Python bool (or None, for the mode of each submodule), got "
+            f"{type(train).__name__}. Under `jax.jit` it is a static argument: "
+            f'`jax.jit(f, static_argnames="{given}")`.'
+        )
 
 
 class _Order:

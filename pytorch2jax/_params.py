@@ -63,6 +63,11 @@ def check_module(call: str, model: Any) -> None:
         ConversionError: it did.
     """
     if not isinstance(model, nn.Module):
+        if isinstance(model, type) and issubclass(model, nn.Module):
+            name = model.__name__
+            raise ConversionError(
+                f"{call}: expected a torch.nn.Module, got the class `{name}`: pass an instance, `{name}(...)`."
+            )
         advice = " For a function use `torch2jax`." if call == "convert" else ""
         raise ConversionError(f"{call}: expected a torch.nn.Module, got {type(model).__name__}.{advice}")
 

@@ -19,6 +19,7 @@ from pytorch2jax import (
     InferenceError,
     LeafTypeError,
     MissingLeafError,
+    OptionError,
     OutputMismatchError,
     Pytorch2JaxError,
     StateError,
@@ -408,3 +409,24 @@ print(torch2jax(torch.sin)(jnp.zeros(2)))
     assert result.returncode == 0, result.stderr[-2000:]
     assert "[0. 0.]" in result.stdout
     assert len(result.stdout.splitlines()) == 7
+
+
+def test_a_class_in_the_place_of_a_module():
+    with pytest.raises(ConversionError, match=r"got the class `Linear`: pass an instance, `Linear\(...\)`"):
+        convert_pytnn_to_jax(torch.nn.Linear)
+
+
+def test_a_mode_that_is_traced():
+    apply, params = convert_pytnn_to_jax(torch.nn.Linear(3, 3))
+    with pytest.raises(OptionError, match=r'`train` has to be a Python bool.*static_argnames="train"'):
+        jax.jit(lambda train: apply(params, jnp.ones(3, jnp.float32), train=train))(True)
+    for train in (1, np.True_):
+        np.testing.assert_array_equal(
+            apply(params, jnp.ones(3, jnp.float32), train=train), apply(params, jnp.ones(3, jnp.float32), train=True)
+        )
+
+
+def test_parameters_in_the_place_of_variables():
+    net, _ = pytorch2jax.convert_pytnn_to_flax(torch.nn.Linear(3, 3))
+    with pytest.raises(MissingLeafError, match=r'no collection "params".*apply\(\{"params": params\}, ...\)'):
+        net().apply({}, jnp.ones(3, jnp.float32))

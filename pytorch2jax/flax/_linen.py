@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import torch
 
-from pytorch2jax._errors import ConversionError, StateError
+from pytorch2jax._errors import ConversionError, MissingLeafError, StateError
 from pytorch2jax._module import ConvertedModule
 from pytorch2jax._params import Leaf, Path, flatten, leaf_in, nest
 
@@ -113,6 +113,11 @@ class _TorchModule(nn.Module):
         if self.is_initializing():
             self._initialise(args, kwargs)
         given = {collection: flax.core.meta.unbox(tree) for collection, tree in self.variables.items()}
+        if _PARAMS not in given and self.torch_module.layout.params:
+            raise MissingLeafError(
+                f'{self.torch_module.name}: no collection "params" among {sorted(given)}: expected the variables that '
+                '`init` returned, or `apply({"params": params}, ...)`.'
+            )
         params = _own(self.torch_module.layout.params, given.get(_PARAMS, {}))
         state, places = self._state_from(given)
 
