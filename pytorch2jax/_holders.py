@@ -38,22 +38,35 @@ class Forgotten:
                 self._delete_entries(holder, ids)
             elif id(holder) in cached:
                 pass
-            elif isinstance(holder, dict) and not _is_namespace(holder):
-                for key in [key for key, value in holder.items() if id(value) in ids]:
-                    del holder[key]
-            elif isinstance(holder, (list, collections.deque)):
-                for index in [index for index, value in enumerate(holder) if id(value) in ids][::-1]:
-                    if isinstance(holder, collections.deque):
-                        del holder[index]
-                        continue
-                    holder[index] = None  # the place may have been there before
-                    self._emptied.append((holder, index, len(holder)))
+            elif isinstance(holder, (dict, list, collections.deque)):
+                try:
+                    taken = self._take_from(holder, ids)
+                except Exception:  # a class of somebody else's that forbids it
+                    taken = False
+                if not taken:
+                    self.refused.append(type(holder))
             elif isinstance(holder, tuple) and depth:
                 tuples.append(holder)
             elif type(holder).__name__ != "weakref":
                 self.refused.append(type(holder))
         if tuples:
             self._forget(tuples, known, depth - 1)
+
+    def _take_from(self, holder: Any, ids: set[int]) -> bool:
+        """Take values out of a container; False if they are somebody's attributes."""
+        if isinstance(holder, dict):
+            if _is_namespace(holder):
+                return False
+            for key in [key for key, value in holder.items() if id(value) in ids]:
+                del holder[key]
+            return True
+        for index in [index for index, value in enumerate(holder) if id(value) in ids][::-1]:
+            if isinstance(holder, collections.deque):
+                del holder[index]
+            else:
+                holder[index] = None  # the place may have been there before
+                self._emptied.append((holder, index, len(holder)))
+        return True
 
     def _taken_from_caches(self, holders: Sequence[Any], known: set[int]) -> set[int]:
         """Take containers that are values of an `lru_cache` away from there, so that nobody finds one incomplete."""

@@ -361,7 +361,7 @@ def _infer_real(
             result, needs_grad = run_without_graph(call, tensors, exposure)
         except BaseException:
             around.put_back()
-            _forget(tracker.kept())
+            _forget(tracker.kept(sure=False))
             raise
         inferred = _conclude(name, result, tensors, tracker)
     inferred = _with_functions(inferred, functions)._replace(autocasts=code.autocasts)

@@ -95,11 +95,15 @@ class Tracker(TorchDispatchMode):
             alive = [ref() for ref in self._fakes]
         return [t for t in alive if t is not None]
 
-    def kept(self) -> list[torch.Tensor]:
-        """Inputs among the sources, and tensors computed from these, that are still there when nothing should be."""
+    def kept(self, *, sure: bool = True) -> list[torch.Tensor]:
+        """Inputs among the sources, and tensors computed from these, that are still there when nothing should be.
+
+        Not `sure`: also those that wait for the garbage collector, or that the frames of an error hold.
+        """
         followed = [weakref.ref(t) for t in self._alive if self.is_derived(t)]
         self._alive.clear()
-        gc.collect()
+        if sure:
+            gc.collect()
         return [t for ref in followed if (t := ref()) is not None]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -24,6 +24,9 @@ DTYPES = [
 ]  # fmt: skip
 
 
+PAIRED = [torch.bool, torch.uint8, torch.int64, torch.bfloat16, torch.float32]
+
+
 def _decomposed(x, y):
     return torch.addcmul(x, y, y)
 
@@ -88,7 +91,7 @@ REFUSED = {("cross_entropy", torch.uint8)}
 @pytest.mark.parametrize("name", one_in(3, list(PAIRS)))
 def test_pairs_of_dtypes(name):
     wrong = {}
-    for left, right in itertools.product(DTYPES, DTYPES):
+    for left, right in itertools.product(PAIRED, PAIRED):
         tensors = torch.tensor([[1, 0], [1, 1]]).to(left), torch.tensor([[1, 1], [0, 1]]).to(right)
         said = agrees(PAIRS[name], *tensors)
         if said and not (said == "torch computes it" and (name, right) in REFUSED):
