@@ -116,7 +116,7 @@ CASES = [
     _case("linalg", lambda x: torch.linalg.solve(x @ x.mT + torch.eye(3, dtype=x.dtype), x), (3, 3)),
     Case("weight_norm", _weight_norm, [(2, 4)]),
     Case("encoder", _encoder, [(2, 3, 8)]),
-    Case("lstm", _lstm, [(2, 3, 4)], loops=True),
+    Case("lstm", _lstm, [(2, 3, 4)]),
     _case("old-style function", OldStyleCube.apply, (3,), loops=True),
     _case("gradient inside", _force, (3,), loops=True),
     _case("memory address", _touches_memory, (3,), loops=True),
