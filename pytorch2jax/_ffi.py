@@ -252,7 +252,9 @@ def _wait_for_calls() -> None:
     global _exiting, _given_up
     if not _register.cache_info().currsize:
         return
-    _exiting, _given_up = True, getattr(sys, "last_type", None) is KeyboardInterrupt
+    # In an interactive interpreter, the last error may be an interrupt of long ago.
+    _exiting = True
+    _given_up = getattr(sys, "last_type", None) is KeyboardInterrupt and not hasattr(sys, "ps1")
     waits = True
     while waits:
         try:

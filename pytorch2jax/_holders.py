@@ -160,10 +160,15 @@ def n_uses_of_disabled() -> int:
     return _LeftBehind.n_uses
 
 
-def disable(tensors: Sequence[torch.Tensor]) -> None:
-    """Make tensors of a trial run such that nobody can compute with them: to torch, a fake one is memory like any."""
+def forget(tensors: Sequence[torch.Tensor]) -> Forgotten:
+    """Take tensors of a trial run away from where they are kept.
+
+    With those that remain there nobody can compute any more. To torch, a fake tensor is memory like any other.
+    """
+    forgotten = Forgotten(tensors)
     for tensor in tensors:
         object.__setattr__(tensor, "__class__", _LeftBehind)
+    return forgotten
 
 
 def holders_of(tensors: Sequence[torch.Tensor], *ours: Sequence[torch.Tensor]) -> list[str]:

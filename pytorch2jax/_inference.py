@@ -22,7 +22,7 @@ from pytorch2jax._control_flow import RUN, TRIED, Noticed
 from pytorch2jax._destination import Maker
 from pytorch2jax._dtypes import canonical_dtype_t2j, dtype_j2t
 from pytorch2jax._errors import CaptureError, InferenceError, LeafTypeError, Pytorch2JaxError, StateError
-from pytorch2jax._holders import Forgotten, disable, holders_of, n_uses_of_disabled
+from pytorch2jax._holders import Forgotten, forget, holders_of, n_uses_of_disabled
 from pytorch2jax._internals import fake_tensor_mode, operators_on_functions
 from pytorch2jax._questions import CodeThatRuns, Question
 from pytorch2jax._torch_state import forked_generators, host_generators
@@ -166,7 +166,7 @@ def infer(
         except Pytorch2JaxError:
             around.put_back()
             for tracker in trackers:
-                _forget(tracker.survivors())
+                forget(tracker.survivors())
             raise
         except Exception as error:
             inferred, asks_for_types, reason = None, False, type(error).__name__
@@ -290,13 +290,6 @@ def _with_host_randomness(inferred: Inferred, before: Any) -> Inferred:
     return inferred if same else inferred._replace(random=True, host_random=True)
 
 
-def _forget(tensors: Sequence[torch.Tensor]) -> Forgotten:
-    """Take tensors of a trial run away from where they are kept; those that remain there are of no use to anybody."""
-    forgotten = Forgotten(tensors)
-    disable(tensors)
-    return forgotten
-
-
 def _forget_survivors(name: str, trackers: Sequence[Tracker], *, refuses: bool) -> Forgotten | None:
     """The fake tensors that the function has kept outside of its module's attributes, if any; they are taken away.
 
@@ -306,7 +299,7 @@ def _forget_survivors(name: str, trackers: Sequence[Tracker], *, refuses: bool) 
     survivors = [tensor for tracker in trackers for tensor in tracker.survivors()]
     if not survivors:
         return None
-    forgotten = _forget(survivors)
+    forgotten = forget(survivors)
     del survivors
     if not refuses or (forgotten.buries and not forgotten.refused):
         return forgotten
@@ -361,7 +354,7 @@ def _infer_real(
             result, needs_grad = run_without_graph(call, tensors, exposure)
         except BaseException:
             around.put_back()
-            _forget(tracker.kept(sure=False))
+            forget(tracker.kept(sure=False))
             raise
         inferred = _conclude(name, result, tensors, tracker)
     inferred = _with_functions(inferred, functions)._replace(autocasts=code.autocasts)
@@ -400,7 +393,7 @@ def _check_not_used(
     if not any(used):
         return
     where = sorted({name for names, is_used in zip(holders, used, strict=True) if is_used for name in names})
-    _forget([*kept, *tracker.kept()])
+    forget([*kept, *tracker.kept()])
     raise StateError(_KEEPS.format(name=name, where=", ".join(where) or "an attribute"))
 
 
@@ -504,4 +497,6 @@ def declared(name: str, shapes: Any, n_inputs: int) -> Inferred:
         outputs.append(TensorSpec(tuple(leaf.shape), dtype, path))
         specs.append(Spec(tuple(leaf.shape), canonical_dtype_t2j(dtype)))
     everything = frozenset(range(n_inputs))
-    return Inferred(tuple(outputs), tuple(specs), tree, everything, (), True, None, operates_on_functions=True)
+    return Inferred(
+        tuple(outputs), tuple(specs), tree, everything, (), True, None, keeps=True, operates_on_functions=True
+    )

@@ -298,3 +298,19 @@ def test_a_trial_run_that_fails_half_way_leaves_nothing(backend):
         for call in (f, jax.jit(f)):
             np.testing.assert_allclose(call(x), x * np.arange(3) + 3 * x[0])
     assert all(type(t) is torch.Tensor for t in [*kept.values(), *recent])
+
+
+@BACKENDS
+def test_a_declared_function_leaves_nothing_in_its_caches(backend):
+    tables = {}
+
+    def fn(x):
+        if x.shape[0] not in tables:
+            tables[x.shape[0]] = torch.arange(x.shape[0]).to(x.dtype)
+        return x * tables[x.shape[0]]
+
+    for wrapped in (torch2jax(fn, output_shapes=jax.ShapeDtypeStruct((3,), jnp.ones(3).dtype), backend=backend), fn):
+        call = wrapped if wrapped is not fn else torch2jax(fn, backend="torch")
+        for run in (jax.jit(call), call):
+            np.testing.assert_allclose(run(jnp.ones(3)), np.arange(3))
+        assert all(type(t) is torch.Tensor for t in tables.values())

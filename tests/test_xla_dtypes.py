@@ -156,6 +156,31 @@ def test_bytes_masks_and_indices(name):
     assert agrees(BYTES[name][0], *BYTES[name][1:]) is None
 
 
+NUMBERS = [5, -8.4, 3.0, 300, -1, 5]  # of which torch takes some for bytes and refuses others
+WITH_NUMBERS = {
+    "full_like": lambda x, n: torch.full_like(x, n),
+    "new_full": lambda x, n: x.new_full((2,), n),
+    "full": lambda x, n: x + torch.full((2,), n, dtype=x.dtype),
+    "fill_": lambda x, n: x.clone().fill_(n),
+    "masked_fill": lambda x, n: x.masked_fill(x > 1, n),
+    "threshold": lambda x, n: F.threshold(x, 1, n),
+    "index_fill": lambda x, n: x.index_fill(0, INDEX[:1], n),
+    "scatter": lambda x, n: x.scatter(0, INDEX, n),
+    "where": lambda x, n: torch.where(x > 1, x, n),
+    "written to a place": lambda x, n: x.clone().index_put_((INDEX[:1],), torch.tensor(n).to(x.dtype)),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", list(WITH_NUMBERS))
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8], ids=str)
+def test_numbers_that_fit_and_do_not(name, dtype):
+    """What torch says of one number says nothing about the next."""
+    x = torch.tensor([1, 2], dtype=dtype)
+    said = {(i, n): agrees(lambda x, n=n: WITH_NUMBERS[name](x, n), x) for i, n in enumerate(NUMBERS)}
+    assert not {key: value for key, value in said.items() if value}
+
+
 def test_nothing_of_a_dtype_says_nothing_about_something():
     """Torch's kernels refuse no dtype where there are no elements."""
     pool = torch2jax(lambda x: F.adaptive_avg_pool2d(x, (5, 7)), backend="xla")

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from pytorch2jax._autograd_functions import custom_functions
 from pytorch2jax._errors import CaptureError, Pytorch2JaxError
-from pytorch2jax._holders import Forgotten, disable
+from pytorch2jax._holders import forget
 from pytorch2jax._internals import fake_tensor_mode, is_functorch_active, operators_on_functions
 from pytorch2jax._torch_state import forked_generators
 from pytorch2jax.xla._control_flow import handlers
@@ -50,41 +50,46 @@ def capture(
     Raises:
         CaptureError: the function does what no graph can: it depends on values, or leaves torch.
     """
-    with torch.inference_mode(False), torch.enable_grad(), forked_generators(host=True):
-        with fake_tensor_mode():
-            tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in inputs]
-            if active:  # and are no leaves, so that the function may write to them
-                tensors = [t.requires_grad_() * 1 if t.is_floating_point() or t.is_complex() else t for t in tensors]
-            recorder = Recorder(name, active=active)
-            taken = [recorder.take(tensor) for tensor in tensors]
-            recorder.arguments += tensors
-            try:
-                with (
-                    operators_on_functions(handlers(recorder)),
-                    custom_functions(functools.partial(record_function, recorder)),
-                    cumulative_batch_norms(batch_norm_with_cumulative_average),
-                    refusing_module_hooks(name),
-                    _Instead(recorder),
-                    recorder,
-                ):
-                    outputs = call(tensors)
-                    results = tuple(recorder.var_of(t) for t in outputs)
-                recorder.check_constants()
-                equations = pruned(recorder.equations, results)
-                recorder.check_functions(equations)
-            except Pytorch2JaxError:
-                raise
-            except Exception as error:
-                raise _not_captured(name, error) from error
-    graph = Graph(tuple(taken), recorder.constants, equations, results)
-    if keeps:
-        seen = recorder.seen()
-        del tensors, outputs, recorder
-        gc.collect()
-        left = [t for ref in seen if (t := ref()) is not None]
-        Forgotten(left)
-        disable(left)
-    return graph
+    recorder = Recorder(name, active=active)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), forked_generators(host=True):
+            return _recorded(recorder, call, inputs, active=active)
+    finally:
+        if keeps:
+            seen = recorder.seen()
+            del recorder
+            gc.collect()
+            forget([t for ref in seen if (t := ref()) is not None])
+
+
+def _recorded(
+    recorder: Recorder, call: Call, inputs: Sequence[tuple[tuple[int, ...], torch.dtype]], *, active: bool
+) -> Graph:
+    with fake_tensor_mode():
+        tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in inputs]
+        if active:  # and are no leaves, so that the function may write to them
+            tensors = [t.requires_grad_() * 1 if t.is_floating_point() or t.is_complex() else t for t in tensors]
+        taken = [recorder.take(tensor) for tensor in tensors]
+        recorder.arguments += tensors
+        try:
+            with (
+                operators_on_functions(handlers(recorder)),
+                custom_functions(functools.partial(record_function, recorder)),
+                cumulative_batch_norms(batch_norm_with_cumulative_average),
+                refusing_module_hooks(recorder.name),
+                _Instead(recorder),
+                recorder,
+            ):
+                outputs = call(tensors)
+                results = tuple(recorder.var_of(t) for t in outputs)
+            recorder.check_constants()
+            equations = pruned(recorder.equations, results)
+            recorder.check_functions(equations)
+        except Pytorch2JaxError:
+            raise
+        except Exception as error:
+            raise _not_captured(recorder.name, error) from error
+    return Graph(tuple(taken), recorder.constants, equations, results)
 
 
 class _Instead(TorchFunctionMode):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -51,23 +52,38 @@ def ask(func: OpOverload, args: Any, kwargs: Any) -> Answer:
 
     Torch's own operators alone are asked: those of users may do anything.
     """
+    if func is torch.ops.aten.full.default:  # whose size does not matter
+        func, args = torch.ops.aten.scalar_tensor.default, args[1:]
     leaves, tree = torch_pytree.tree_flatten((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    if func.namespace not in _TORCHS or not tensors or any(t.layout is not torch.strided for t in tensors):
+    makes_number = func is torch.ops.aten.scalar_tensor.default and kwargs.get("dtype") is not None
+    if func.namespace not in _TORCHS or not (tensors or makes_number):
         return _UNKNOWN
-    key = (func, tree, torch.get_default_dtype(), tuple(map(_kind, leaves)))
+    if any(t.layout is not torch.strided for t in tensors):
+        return _UNKNOWN
+    dtypes = {t.dtype for t in tensors} | {leaf for leaf in leaves if isinstance(leaf, torch.dtype)}
+    key = (func, tree, torch.get_default_dtype(), tuple(_kind(leaf, dtypes) for leaf in leaves))
     if key not in _ANSWERS:
         _ANSWERS[key] = _answer(func, leaves, tree)
     return _ANSWERS[key]
 
 
-def _kind(leaf: Any) -> Any:
-    """What matters of an argument."""
+def _kind(leaf: Any, dtypes: Collection[torch.dtype]) -> Any:
+    """What matters of an argument among arguments of these dtypes."""
     if isinstance(leaf, torch.Tensor):
         return leaf.dtype, min(leaf.dim(), 1), 0 in leaf.shape  # some kernels look at nothing where there is nothing
     if isinstance(leaf, int) and not isinstance(leaf, bool):
-        return int, min(max(leaf, -1), 2)
+        return int, min(max(leaf, -1), 2), _fits(leaf, dtypes)
+    if isinstance(leaf, float):
+        return float, _fits(leaf, dtypes)
     return leaf if isinstance(leaf, (torch.dtype, bool, str)) else type(leaf)
+
+
+def _fits(number: float, dtypes: Collection[torch.dtype]) -> bool:
+    """Whether torch takes a number for these dtypes: negative integers wrap in those without a sign."""
+    limits = [torch.iinfo(d) for d in dtypes if not (d.is_floating_point or d.is_complex or d is torch.bool)]
+    wraps = isinstance(number, int)
+    return all((limit.min or wraps * -limit.max) <= number <= limit.max for limit in limits)
 
 
 def _answer(func: OpOverload, leaves: list[Any], tree: Any) -> Answer:

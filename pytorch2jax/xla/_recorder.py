@@ -238,7 +238,8 @@ class Recorder(TorchDispatchMode):
             if cut and is_inside_autograd_function():
                 self._unseen.update(var for var in outputs if var is not None)
             equation = Equation(func, tuple(given), named, outputs, several, cut, self.draw_of(func))
-            self.equations.append(equation if rule_for(func) and not _is_exact(func, args) else bridged(equation))
+            translates = rule_for(func) and not _rounds_its_own_way(func, args)
+            self.equations.append(equation if translates else bridged(equation))
             for result, var in zip(results, outputs, strict=True):
                 if var is not None:
                     self.bind(result, var)
@@ -373,8 +374,8 @@ def _retyped(out: Any, dtypes: tuple[torch.dtype | None, ...]) -> Any:
     return type(out)(retyped) if isinstance(out, (list, tuple)) else retyped[0]
 
 
-def _is_exact(func: OpOverload, args: Any) -> bool:
-    """Whether torch's kernel for whole numbers rounds in ways of its own."""
+def _rounds_its_own_way(func: OpOverload, args: Any) -> bool:
+    """Whether torch resamples integers here: its kernels round them at places that no formula gives."""
     return func in _RESAMPLE and not (args[0].is_floating_point() or args[0].is_complex())
 
 

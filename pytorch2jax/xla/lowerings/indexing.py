@@ -17,7 +17,7 @@ from jax import lax
 from pytorch2jax._errors import CaptureError
 from pytorch2jax.xla._registry import Out, lowers
 from pytorch2jax.xla._sizes import count, slice_of
-from pytorch2jax.xla.lowerings._promotion import cast, precise
+from pytorch2jax.xla.lowerings._promotion import as_array, cast, precise
 
 
 def _index(x: jax.Array, indices: Sequence[Any]) -> tuple[Any, ...]:
@@ -343,7 +343,7 @@ def index_copy(x: jax.Array, dim: int, index: jax.Array, source: jax.Array) -> j
 @lowers("aten.index_fill.int_Scalar", "aten.index_fill.int_Tensor")
 def index_fill(x: jax.Array, dim: int, index: jax.Array, value: Any) -> jax.Array:
     y = x[None] if x.ndim == 0 else x
-    return _slices(y, dim, index).set(jnp.asarray(value, x.dtype)).reshape(x.shape)
+    return _slices(y, dim, index).set(as_array(value, x.dtype)).reshape(x.shape)
 
 
 # -- masks ----------------------------------------------------------------------------------------------------
