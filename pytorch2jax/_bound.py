@@ -24,6 +24,7 @@ from pytorch2jax._destination import IntoBuffer, Maker, out_variant
 from pytorch2jax._dtypes import dtype_j2t, is_inexact, narrowed
 from pytorch2jax._errors import (
     DtypeError,
+    NarrowingError,
     OutputMismatchError,
     RandomnessError,
     StateError,
@@ -34,9 +35,11 @@ from pytorch2jax._inference import (
     Surroundings,
     TensorSpec,
     as_output_tensor,
+    check_declared,
     check_static_outputs,
     declared,
     infer,
+    infer_without_running,
     is_output_leaf,
     run_without_graph,
 )
@@ -197,15 +200,24 @@ class BoundFunction(RootProgram):
 
     def infer(self, arrays: Sequence[Any], output_shapes: Any) -> None:
         """Find out the output specs, once, before anything else happens with the program."""
+        translates, n_given = self.backend != "torch", self._what.n_given
+        call = without_jax(self.name, self._call)
+        said, found = None, None
         if output_shapes is not None:
-            self.inferred = declared(self.name, output_shapes, len(self._tensor_specs))
-        else:
-            with self._plain_session(), self._callable.learning():
+            buffers = [i for i in range(n_given) if self._tensor_specs[i].path.startswith("state.")]
+            said = declared(self.name, output_shapes, self._tensor_specs, buffers)
+        with self._plain_session(), self._callable.learning():
+            around = self._callable.surroundings()._replace(translates=translates, n_given=n_given)
+            if said is None:
                 values = functools.partial(self._values, arrays)
-                translates, n_given = self.backend != "torch", self._what.n_given
-                around = self._callable.surroundings()._replace(translates=translates, n_given=n_given)
-                call = without_jax(self.name, self._call)
-                self.inferred = infer(self.name, call, self._tensor_specs, values, self._what.device, around)
+                found = infer(self.name, call, self._tensor_specs, values, self._what.device, around)
+            else:
+                found = infer_without_running(self.name, call, self._tensor_specs, self._what.device, around)
+        if said is not None and found is not None:
+            check_declared(self.name, found, said)
+        self.inferred = found or said  # type: ignore[assignment]
+        self.is_guess = found is None
+        self._tree = self.inferred.tree if said is None else said.tree
         self._out_dtypes = tuple(dtype_j2t(spec.dtype) for spec in self.inferred.specs)
         self._needs_grad = self.inferred.needs_grad
         self.forward_mode_errs, self.asks = self.inferred.forward_mode_errs, self.inferred.asks
@@ -224,7 +236,7 @@ class BoundFunction(RootProgram):
         self.out_specs = self.inferred.specs
         first_state = len(self.out_specs) - len(self.inferred.changed)
         self.constant = frozenset(range(first_state, len(self.out_specs)))
-        self._declared = output_shapes is not None
+        self._declared = said is not None
         self._find_factors()
         self._into = self._find_destination()
         self.computes_in_place = self._into is not None
@@ -274,7 +286,7 @@ class BoundFunction(RootProgram):
         declared = None
         if self._declared:
             parts = map(_part, self.out_specs, self.factors.outputs, [counts] * len(self.out_specs))
-            declared = self.inferred.tree.unflatten([jax.ShapeDtypeStruct(s.shape, s.dtype) for s in parts])
+            declared = self._tree.unflatten([jax.ShapeDtypeStruct(s.shape, s.dtype) for s in parts])
         program.infer([jax.ShapeDtypeStruct(s.shape, s.dtype) for s in program.in_specs], declared)
         return program
 
@@ -484,7 +496,7 @@ class BoundFunction(RootProgram):
             leaves = [out]
         else:
             leaves, tree = flatten_output(out, is_output_leaf)
-            self._check_structure(tree)
+            self._check_structure(tree, len(leaves))
         if after:
             self._check_unchanged(inputs, after)
         leaves += [after[i] for i in inferred.changed]
@@ -501,8 +513,12 @@ class BoundFunction(RootProgram):
                     "call, with `torch.where` for the condition."
                 )
 
-    def _check_structure(self, tree: Any) -> None:
-        if tree != self.inferred.tree:
+    def _check_structure(self, tree: Any, n_leaves: int) -> None:
+        if self.is_guess:  # of a declaration only the leaves count
+            same = n_leaves == len(self.inferred.outputs) - len(self.inferred.changed)
+        else:
+            same = tree == self.inferred.tree
+        if not same:
             check_static_outputs(self.name, tree)
             raise OutputMismatchError(
                 f"{self.name}: expected an output of structure {self.inferred.tree.describe()}, got "
@@ -518,6 +534,8 @@ class BoundFunction(RootProgram):
                 "somewhere else than the module's own attributes, where JAX's values cannot get. Reach it through "
                 "`self` of the module that owns it."
             )
+        if self.is_guess and tensor.dtype != expected.dtype and narrowed(tensor.dtype) == expected.dtype:
+            tensor = _narrowed_as_declared(self.name, expected, tensor)
         if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
             raise OutputMismatchError(
                 f"{self.name}: {expected.path}: expected {expected.dtype}{list(expected.shape)}, as declared or "
@@ -561,7 +579,7 @@ class BoundFunction(RootProgram):
         n_changed = len(self.inferred.changed)
         n_out = len(outputs) - n_changed
         changed = dict(zip(self.inferred.changed, outputs[n_out:], strict=True))
-        return self.inferred.tree.unflatten(outputs[:n_out]), changed
+        return self._tree.unflatten(outputs[:n_out]), changed
 
 
 def _deep_copy(of: weakref.ref[torch.Tensor], memo: dict[int, Any]) -> torch.Tensor:
@@ -589,6 +607,21 @@ def _batched_like(spec: TensorSpec, value: Any) -> TensorSpec:
 def _part(spec: Spec, dims: Axes, counts: Mapping[str, int]) -> Spec:
     """What one device has of an array."""
     return Spec(tuple(n // counts.get(f or "", 1) for n, f in zip(spec.shape, dims, strict=True)), spec.dtype)
+
+
+def _narrowed_as_declared(name: str, expected: TensorSpec, tensor: torch.Tensor) -> torch.Tensor:
+    """A 64-bit tensor whose user declared the 32 bits that JAX has for it.
+
+    Raises:
+        NarrowingError: an integer does not fit.
+    """
+    result = tensor.to(expected.dtype)
+    if not tensor.is_floating_point() and not tensor.is_complex() and not torch.equal(result.to(tensor.dtype), tensor):
+        raise NarrowingError(
+            f"{name}: {expected.path}: expected integers that fit into the declared {expected.dtype}, got larger ones. "
+            "Enable 64-bit integers with `jax.config.update('jax_enable_x64', True)`, and declare them."
+        )
+    return result
 
 
 def _concrete(array: Any, default: Any, spec: TensorSpec, device: torch.device) -> torch.Tensor:

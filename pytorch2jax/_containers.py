@@ -1,4 +1,4 @@
-"""Containers that JAX does not know: dataclasses, and what torch's pytree registry has.
+"""Containers that JAX does not know: dataclasses, what torch's pytree registry has, and caches of transformers.
 
 JAX has one registry of pytrees for the whole process, in which a class can be registered once. Whose class it is
 registers it. A container that goes out is therefore an instance of a *node class*: a subclass of its class, of the same
@@ -7,6 +7,7 @@ name, that the library has registered. For `isinstance` and `__class__` it is th
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ class Contents(NamedTuple):
     """A container taken apart.
 
     Attributes:
-        kind: `"dataclass"` or `"torch"`, for a node of torch's pytree registry.
+        kind: `"dataclass"`, `"object"` for a cache, or `"torch"` for a node of torch's pytree registry.
         node_type: its class, or torch's key for it.
         context: what rebuilds it besides its children.
         children: its parts.
@@ -51,7 +52,12 @@ class Contents(NamedTuple):
         if self.kind == "torch":
             return unflatten_torch_node(self.node_type, list(self.children), self.context)
         instance: Any = object.__new__(self.node_type)  # unlike copy.replace, without running the user's __init__
-        for name, value in zip(self.context, self.children, strict=True):
+        names = self.context
+        if self.kind == "object":
+            names, static = self.context
+            for name, value in static.items():  # lists and dicts anew, for the next one to write to
+                setattr(instance, name, copy.deepcopy(value) if isinstance(value, (list, dict, set)) else value)
+        for name, value in zip(names, self.children, strict=True):
             object.__setattr__(instance, name, value)
         return instance
 
@@ -71,11 +77,13 @@ class Contents(NamedTuple):
             object.__setattr__(value, "__class__", _node_class(cls))
         except TypeError:  # it has no subclasses, or none of the same layout
             return TorchContainer(self.node_type, self.context, self.children) if self.kind == "torch" else value
+        if self.kind == "object":
+            vars(value)[_CHILDREN] = self.context[0]
         return value
 
 
 def contents_of(value: Any) -> Contents | None:
-    """A container of torch's registry, or a dataclass, taken apart; None if the value is neither."""
+    """A container of torch's registry, a dataclass or a cache, taken apart; None if the value is none of these."""
     node_type = torch_node_type(value, _ORIGINALS.get(type(value)))
     if node_type is not None:
         children, context = flatten_torch_node(node_type, value)
@@ -83,7 +91,32 @@ def contents_of(value: Any) -> Contents | None:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = tuple(field.name for field in dataclasses.fields(value))
         return Contents("dataclass", value.__class__, names, [getattr(value, name) for name in names])
+    if is_cache(value):
+        return _contents_of_cache(value)
     return None
+
+
+_CACHES = {"Cache", "CacheLayerMixin"}
+_CHILDREN = "_pytorch2jax_children"  # of a node: the attributes that hold arrays, or what JAX puts in their places
+
+
+def is_cache(value: Any) -> bool:
+    """Whether this is a cache of keys and values of the package transformers, or one layer of one."""
+    return any(c.__name__ in _CACHES and c.__module__ == "transformers.cache_utils" for c in type(value).__mro__)
+
+
+def _contents_of_cache(value: Any) -> Contents:
+    """Its attributes: those with tensors are its children, numbers and the like are part of its structure."""
+    attributes = dict(vars(value))
+    known = attributes.pop(_CHILDREN, ())
+    names = tuple(name for name, part in attributes.items() if name in known or _holds_values(part))
+    static = {name: part for name, part in attributes.items() if name not in names}
+    return Contents("object", value.__class__, (names, static), [attributes[name] for name in names])
+
+
+def _holds_values(part: Any) -> bool:
+    leaves = torch_pytree.tree_leaves(part)
+    return any(isinstance(leaf, (jax.Array, np.ndarray, torch.Tensor)) or is_cache(leaf) for leaf in leaves)
 
 
 def flatten_arguments(tree: Any) -> tuple[list[Any], Any]:
@@ -100,7 +133,7 @@ def flatten_arguments(tree: Any) -> tuple[list[Any], Any]:
 
 def _holds_arrays(leaf: Any) -> bool:
     if torch_node_type(leaf) is None:
-        return False
+        return is_cache(leaf)
     return any(isinstance(x, (jax.Array, np.ndarray, torch.Tensor)) for x in torch_pytree.tree_leaves(leaf))
 
 

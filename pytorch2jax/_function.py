@@ -11,13 +11,13 @@ from typing import Any
 import jax
 import torch
 
-from pytorch2jax._arguments import Arguments
+from pytorch2jax._arguments import Arguments, take_apart
 from pytorch2jax._bound import BoundFunction, Call, OwnTensor, TorchCallable, spec_of
 from pytorch2jax._engines import bind_symbolic
 from pytorch2jax._errors import InferenceError
 from pytorch2jax._inference import Spec
 from pytorch2jax._internals import x64_enabled
-from pytorch2jax._options import Options
+from pytorch2jax._options import Examples, Options
 from pytorch2jax._threads import note_team_size
 from pytorch2jax._torch_state import capture_torch_state, flushes_subnormals
 from pytorch2jax._transfer import torch_device
@@ -59,6 +59,12 @@ class TorchFunction:
         self._bound: collections.OrderedDict[Hashable, BoundFunction] = collections.OrderedDict()
         self._recent: dict[Hashable, BoundFunction] = {}  # the same by what JAX knows of arrays, which is at hand
         self._lock = threading.RLock()  # a torch function may call the JAX function that it is
+
+    def keep_examples(self, examples: Examples) -> None:
+        """Try the function on these where fake tensors do not do."""
+        self.example_specs = tuple(map(spec_of, examples.specs()))
+        if not any(isinstance(examples.leaves[i], jax.ShapeDtypeStruct) for i in examples.positions):
+            self.examples = take_apart(self.name, *examples.treedef.unflatten(examples.leaves)).arrays
 
     def bind(
         self,

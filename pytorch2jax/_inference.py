@@ -21,7 +21,14 @@ from pytorch2jax._containers import CONSTANTS
 from pytorch2jax._control_flow import RUN, TRIED, Noticed
 from pytorch2jax._destination import Maker
 from pytorch2jax._dtypes import canonical_dtype_t2j, dtype_j2t
-from pytorch2jax._errors import CaptureError, InferenceError, LeafTypeError, Pytorch2JaxError, StateError
+from pytorch2jax._errors import (
+    CaptureError,
+    InferenceError,
+    LeafTypeError,
+    OutputMismatchError,
+    Pytorch2JaxError,
+    StateError,
+)
 from pytorch2jax._holders import Forgotten, forget, holders_of, n_uses_of_disabled
 from pytorch2jax._internals import fake_tensor_mode, operators_on_functions
 from pytorch2jax._questions import CodeThatRuns, Question
@@ -191,6 +198,27 @@ def infer(
                 f"If the function only works on other values than these, {around.advice}. (Before that, fake tensors "
                 f"failed: {reason}.)"
             ) from error
+
+
+def infer_without_running(
+    name: str, call: FlatCall, inputs: Sequence[TensorSpec], device: torch.device, around: Surroundings
+) -> Inferred | None:
+    """What a run on fake tensors alone says of `call`; None where they do not tell.
+
+    Args:
+        name, call, inputs, device, around: as for `infer`.
+    """
+    trackers: list[Tracker] = []
+    with torch.inference_mode(False), forked_generators(host=True):
+        try:
+            inferred, asks_for_types = _infer_fake(name, call, inputs, device, around, trackers)
+            around.put_back()
+            forgotten = _forget_survivors(name, trackers, refuses=True)
+            return None if forgotten or asks_for_types else inferred
+        except Exception:
+            around.put_back()
+            forget([tensor for tracker in trackers for tensor in tracker.survivors()])
+            return None
 
 
 def _infer_fake(
@@ -476,13 +504,14 @@ def check_static_outputs(name: str, tree: OutputTree) -> None:
             )
 
 
-def declared(name: str, shapes: Any, n_inputs: int) -> Inferred:
+def declared(name: str, shapes: Any, inputs: Sequence[TensorSpec], state: Sequence[int]) -> Inferred:
     """What is known of a call whose outputs the user declared: nothing is run, everything else is assumed.
 
     Args:
         name: the function's name, for messages.
         shapes: a pytree of objects with `shape` and `dtype`.
-        n_inputs: how many inputs the call has.
+        inputs: the specs of the call's inputs.
+        state: which of them it may give new values, as buffers.
     """
     leaves, tree = flatten_output(shapes, lambda x: hasattr(x, "shape") and hasattr(x, "dtype"))
     for path, value in static_outputs(tree, "output_shapes"):
@@ -496,7 +525,32 @@ def declared(name: str, shapes: Any, n_inputs: int) -> Inferred:
         dtype = leaf.dtype if isinstance(leaf.dtype, torch.dtype) else dtype_j2t(leaf.dtype)
         outputs.append(TensorSpec(tuple(leaf.shape), dtype, path))
         specs.append(Spec(tuple(leaf.shape), canonical_dtype_t2j(dtype)))
-    everything = frozenset(range(n_inputs))
+    for spec in (inputs[i] for i in state):
+        outputs.append(spec)
+        specs.append(Spec(tuple(spec.shape), canonical_dtype_t2j(spec.dtype)))
+    everything, changed = frozenset(range(len(inputs))), tuple(state)
     return Inferred(
-        tuple(outputs), tuple(specs), tree, everything, (), True, None, keeps=True, operates_on_functions=True
+        tuple(outputs), tuple(specs), tree, everything, changed, True, None, keeps=True, operates_on_functions=True
     )
+
+
+def check_declared(name: str, inferred: Inferred, declared: Inferred) -> None:
+    """Compare what a function returns with what its user declared, leaf by leaf, in whatever containers.
+
+    Raises:
+        OutputMismatchError: they differ.
+    """
+    n_outputs = len(declared.outputs) - len(declared.changed)
+    expected, got = declared.specs[:n_outputs], inferred.specs[: len(inferred.specs) - len(inferred.changed)]
+    if len(expected) != len(got):
+        raise OutputMismatchError(
+            f"{name}: output_shapes: expected a declaration of what the function returns, "
+            f"{inferred.tree.describe()} ({len(got)} tensors), got {declared.tree.describe()} ({len(expected)}). The "
+            "containers may differ, the number of tensors may not."
+        )
+    for leaf, spec, found in zip(declared.outputs, expected, got, strict=False):
+        if (tuple(spec.shape), spec.dtype) != (tuple(found.shape), found.dtype):
+            raise OutputMismatchError(
+                f"{name}: {leaf.path}: expected {spec.dtype}{list(spec.shape)}, as declared with `output_shapes`, got "
+                f"{found.dtype}{list(found.shape)}. Declare that, or leave `output_shapes` out."
+            )

@@ -14,9 +14,9 @@ from torch import nn
 from pytorch2jax._arguments import take_apart
 from pytorch2jax._bound import BoundFunction
 from pytorch2jax._engines import run as run_program
-from pytorch2jax._errors import ConversionError, InferenceError, OptionError, RandomnessError
+from pytorch2jax._errors import ConversionError, DeviceError, InferenceError, OptionError, RandomnessError
 from pytorch2jax._function import TorchFunction
-from pytorch2jax._options import Options, checked_backend
+from pytorch2jax._options import Examples, Options, checked_backend, normalised_shapes, shapes_key
 from pytorch2jax._params import (
     Leaf,
     arrays_of,
@@ -29,23 +29,29 @@ from pytorch2jax._params import (
     own_tensors,
 )
 from pytorch2jax._rng import seed_from_key
-from pytorch2jax._sharding import splitting
+from pytorch2jax._sharding import run_on_shards, splitting
 from pytorch2jax._skeleton import Skeleton, hooks_of
 
 
 def convert_pytnn_to_jax(
-    model: nn.Module,
+    model: nn.Module | Callable[..., Any],
     *,
     with_state: bool = False,
     copy: bool = True,
     prefix: str = "",
+    method: str | None = None,
+    example_args: Sequence[Any] = (),
+    example_kw: Mapping[str, Any] | None = None,
+    output_shapes: Any = None,
+    out_specs: Any = None,
     batch_axes: int | Sequence[int | None] | None = None,
     backend: str = "torch",
 ) -> tuple[Any, ...]:
     """Turn a torch module into a pure JAX function and its parameters.
 
     Args:
-        model: any `nn.Module`. It is not changed, and changes to it later do not reach the function.
+        model: any `nn.Module`, or a method of one. It is not changed, and changes to it later do not reach the
+            function.
         with_state: `True` makes the buffers (running statistics and the like) an argument and a result.
             `False` keeps them, at their present values, inside the function.
         copy: `True` copies the parameters, so that torch can no longer reach them. `False` shares memory
@@ -55,6 +61,14 @@ def convert_pytnn_to_jax(
         prefix: put in front of the names `train` and `rng` of the function's own keywords, for models whose
             `forward` has arguments of these names: with `prefix="jax_"` the function's own are `jax_train`
             and `jax_rng`, and `train` reaches `forward`.
+        method: the method that a call runs in the place of `forward`, by its name: `method="encode"`. A bound
+            method instead of the module does the same: `convert_pytnn_to_jax(model.encode)`.
+        example_args, example_kw: optional arguments like those of later calls: tensors, arrays or
+            `jax.ShapeDtypeStruct`. A model that reads values is tried on them where it is traced under `jax.jit`,
+            and not on made-up ones, which it may not accept.
+        output_shapes: what a call returns, as for `torch2jax`: for models that can run on no values but real ones.
+        out_specs: how the outputs are sharded, for arguments that are sharded along explicit axes of a mesh, as for
+            `torch2jax`; such calls change no buffers.
         batch_axes: the axis of the batch in the arguments of `forward`, for arrays that are sharded over devices;
             see `torch2jax`. Without it, each device runs the model on the whole batch.
         backend: `"torch"` runs torch's kernels; `"xla"` translates the model to JAX operations, see `torch2jax`.
@@ -90,7 +104,17 @@ def convert_pytnn_to_jax(
     """
     keywords = {"rng": None, "train": False}
     converted = ConvertedModule(
-        model, copy=copy, prefix=prefix, keywords=keywords, batch_axes=batch_axes, backend=backend
+        model,
+        copy=copy,
+        prefix=prefix,
+        keywords=keywords,
+        method=method,
+        example_args=example_args,
+        example_kw=example_kw,
+        output_shapes=output_shapes,
+        out_specs=out_specs,
+        batch_axes=batch_axes,
+        backend=backend,
     )
 
     def apply(params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -117,34 +141,59 @@ class ConvertedModule:
         copy: whether to copy its parameters and buffers.
         keywords: the names and defaults of the adapter's own keyword arguments.
         prefix: what the user wants in front of these names.
-        batch_axes, backend: as for `torch2jax`.
+        method: the name of the method that runs in the place of `forward`, or None; see `convert_pytnn_to_jax`.
+        example_args, example_kw, output_shapes, out_specs, batch_axes, backend: as for `torch2jax`.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         *,
         copy: bool,
         keywords: Mapping[str, Any],
         prefix: str = "",
+        method: str | None = None,
+        example_args: Sequence[Any] = (),
+        example_kw: Mapping[str, Any] | None = None,
+        output_shapes: Any = None,
+        out_specs: Any = None,
         batch_axes: Any = None,
         backend: str = "torch",
     ) -> None:
+        model, method = _model_and_method(model, method)
         model = _checked(_unwrapped(model), backend)
-        _check_keywords(model, keywords, prefix)
-        self.name = type(model).__name__
+        run = _method_of(model, method)
+        self.name = type(model).__name__ if method is None else f"{type(model).__name__}.{method}"
+        _check_keywords(self.name, run, keywords, prefix)
+        self._accepted = _accepted_names(run)
         self._keywords = {f"{prefix}{name}": (name, default) for name, default in keywords.items()}
         self.layout = layout_of(model)
         self._params: list[jax.Array] | None = arrays_of(model, self.layout.params, copy=copy)
         self._state: list[jax.Array] | None = arrays_of(model, self.layout.state, copy=True)
         self._params_order = _Order("params", self.layout.params)
         self._state_order = _Order("state", self.layout.state)
-        call = Skeleton(model, (*self.layout.params, *self.layout.state))
+        call = Skeleton(model, (*self.layout.params, *self.layout.state), method)
         own = own_tensors("params", self.layout.params, self._params)
         own += own_tensors("state", self.layout.state, self._state)
         split = splitting(self.name, batch_axes, None)
-        options = Options(splitting=split, backend=checked_backend(self.name, backend))
+        examples = Examples.of(tuple(example_args), dict(example_kw or {}))
+        backend = checked_backend(self.name, backend)
+        options = Options(splitting=split, dtypes=examples.dtypes, backend=backend)
         self._function = TorchFunction(self.name, call, identity=call, own=own, options=options)
+        self._output_shapes, self._out_specs = output_shapes, out_specs
+        if examples.positions:
+            self._check_on(examples)
+
+    def _check_on(self, examples: Examples) -> None:
+        """Find out what the module does on the examples, in eval mode, and keep them to try it on."""
+        params, state = self.initial()
+        self._function.keep_examples(examples)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return self.apply(params, state, args, kwargs, rng=lambda: jax.random.key(0), train=False)[0]
+
+        if self._out_specs is None:
+            examples.check(call)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ConvertedModule:
         return self  # it has no state of its own
@@ -170,7 +219,22 @@ class ConvertedModule:
     def split_keywords(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The adapter's own keyword arguments, by their plain names, and those for `forward`."""
         options = {name: kwargs.get(given, default) for given, (name, default) in self._keywords.items()}
-        return options, {name: value for name, value in kwargs.items() if name not in self._keywords}
+        rest = {name: value for name, value in kwargs.items() if name not in self._keywords}
+        if rest and not _OTHERS.isdisjoint(rest):
+            self._check_foreign(rest)
+        return options, rest
+
+    def _check_foreign(self, kwargs: Mapping[str, Any]) -> None:
+        """Raise for keywords of other frameworks that would do nothing in `forward`."""
+        for name in kwargs:
+            if name in _OTHERS and self._accepted is not None and name not in self._accepted:
+                own = {plain: given for given, (plain, _) in self._keywords.items()}
+                meant = _meant(name, kwargs[name], own)
+                takes = ", ".join(own.values())
+                raise OptionError(
+                    f"{self.name}: `{name}`: expected a keyword that `forward` names, or one of the converted module's "
+                    f"own ({takes}), got one of another framework, which would do nothing.{meant}"
+                )
 
     def signature(self, *leading: str) -> inspect.Signature:
         """How a converted function is called, for `help` and editors."""
@@ -207,14 +271,26 @@ class ConvertedModule:
         return {self.layout.state[i - n_params] for i in program.inferred.changed if i >= n_params}
 
     def _bind(
-        self, params: Any, state: Any, args: Any, kwargs: Any, train: bool | None
+        self,
+        params: Any,
+        state: Any,
+        args: Any,
+        kwargs: Any,
+        train: bool | None,
+        local: Callable[[Any], Any] = lambda shapes: shapes,
     ) -> tuple[list[Any], BoundFunction]:
         """The program for a call, and its inputs: parameters, state if it is given, and arguments."""
         own = self._params_order.values(self.name, params)
         if state is not None:
             own += self._state_order.values(self.name, state)
         arguments = take_apart(self.name, args, kwargs)
-        return [*own, *arguments.arrays], self._function.bind(own, arguments, variant=train)
+        if self._output_shapes is None:
+            return [*own, *arguments.arrays], self._function.bind(own, arguments, variant=train)
+        shapes = local(normalised_shapes(self.name, self._output_shapes, arguments.arrays))
+        program = self._function.bind(
+            own, arguments, variant=train, output_shapes=shapes, output_key=shapes_key(shapes)
+        )
+        return [*own, *arguments.arrays], program
 
     def apply(
         self,
@@ -241,9 +317,43 @@ class ConvertedModule:
         """
         if type(train) is not bool:
             train = self._mode(train)
-        inputs, program = self._bind(params, state, args, kwargs, train)
+        if self._out_specs is None:
+            return self._apply(params, state, args, kwargs, rng, train, rng_argument)
+        return self._apply_on_shards(params, state, args, kwargs, rng, train, rng_argument), state
+
+    def _apply_on_shards(
+        self, params: Any, state: Any, args: Any, kwargs: Any, rng: Any, train: bool | None, rng_argument: str
+    ) -> Any:
+        """What the module returns, computed on each shard of what is sharded along explicit axes of a mesh."""
+
+        def run(leading: Any, kwargs: Any, *local: Any) -> Any:
+            params, state, *args = leading
+            out, new = self._apply(params, state, tuple(args), kwargs, rng, train, rng_argument, *local)
+            if new is not state:
+                raise DeviceError(
+                    f"{self.name}: out_specs: expected a call that changes no buffer, which each device would change "
+                    "in its own way, got one that does. Call it in eval mode, or convert with `batch_axes` and use "
+                    "automatic axes (`AxisType.Auto`), where the new statistics are the mean."
+                )
+            return out
+
+        return run_on_shards(self.name, run, (params, state, *args), kwargs, self._out_specs)
+
+    def _apply(
+        self,
+        params: Any,
+        state: Any,
+        args: Any,
+        kwargs: Any,
+        rng: Any,
+        train: bool | None,
+        rng_argument: str,
+        local: Callable[[Any], Any] = lambda shapes: shapes,
+    ) -> tuple[Any, Any]:
+        inputs, program = self._bind(params, state, args, kwargs, train, local)
         values = list(inputs)
-        if program.inferred.random:
+        # Of a model whose outputs are declared, it may not be known whether it draws; a call without a key finds out.
+        if program.inferred.random and not (rng is None and program.is_guess):
             if rng is None:
                 raise RandomnessError(
                     f"{self.name}: the model draws random numbers (train={train}), expected a JAX key, got none. "
@@ -362,20 +472,62 @@ def _unwrapped(model: Any) -> Any:
             return model
 
 
-def _check_keywords(model: nn.Module, keywords: Iterable[str], prefix: str) -> None:
+_OTHERS = frozenset({"deterministic", "training", "is_training", "inference", "use_running_average", "train"})
+"""How the frameworks call the flag that tells training from inference."""
+
+
+def _meant(name: str, value: Any, own: Mapping[str, str]) -> str:
+    """The converted module's own way to say what a flag of another framework says."""
+    if type(value) is not bool:
+        return ""
+    train = value if "train" in name else not value
+    if "train" in own:
+        return f" Pass `{own['train']}={train}`."
+    return f" Pass `{own['inference']}={not train}`." if "inference" in own else ""
+
+
+def _model_and_method(model: Any, method: Any) -> tuple[Any, str | None]:
+    """A module, and the name of the method to run; of a bound method of a module, these two.
+
+    Raises:
+        OptionError: `method` is no name.
+    """
+    if inspect.ismethod(model) and isinstance(model.__self__, nn.Module) and method is None:
+        model, method = model.__self__, model.__name__
+    elif inspect.ismethod(method):
+        method = method.__name__
+    elif callable(method) and not isinstance(method, type):
+        method = getattr(method, "__name__", None)
+    if method is not None and not isinstance(method, str):
+        raise OptionError(f"convert: method: expected the name of a method, or the method, got {method!r}.")
+    return model, None if method in (None, "forward", "__call__") else method
+
+
+def _method_of(model: nn.Module, method: str | None) -> Callable[..., Any]:
+    if method is None:
+        return model.forward
+    found = getattr(model, method, None)
+    if not callable(found):
+        raise OptionError(f"convert: method: expected a method of {type(model).__name__}, got {method!r}.")
+    run: Callable[..., Any] = found
+    return run
+
+
+def _accepted_names(run: Callable[..., Any]) -> frozenset[str] | None:
+    """The names of a function's arguments, or None where nobody knows them."""
+    try:
+        return frozenset(inspect.signature(run).parameters)
+    except (TypeError, ValueError):  # TorchScript
+        return None
+
+
+def _check_keywords(name: str, run: Callable[..., Any], keywords: Iterable[str], prefix: str) -> None:
     """Raise where `forward` has an argument with the name of one of the adapter's own."""
-    taken = set(_parameter_names(model.forward)) & {f"{prefix}{name}" for name in keywords}
+    taken = set(_accepted_names(run) or ()) & {f"{prefix}{name}" for name in keywords}
     if taken:
         names = ", ".join(sorted(taken))
         raise ConversionError(
-            f"convert: {type(model).__name__}.forward has arguments that the converted function needs for itself: "
-            f"{names}. Convert with another prefix for these, such as `prefix='jax_'`; then `jax_"
+            f"convert: {name}{'' if '.' in name else '.forward'} has arguments that the converted function needs for "
+            f"itself: {names}. Convert with another prefix for these, such as `prefix='jax_'`; then `jax_"
             f"{sorted(taken)[0]}` is the function's own, and `{sorted(taken)[0]}` reaches `forward`."
         )
-
-
-def _parameter_names(forward: Callable[..., Any]) -> Iterable[str]:
-    try:
-        return inspect.signature(forward).parameters
-    except (TypeError, ValueError):  # TorchScript
-        return ()

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import torch
 
+from pytorch2jax._containers import flatten_arguments
 from pytorch2jax._dtypes import canonical_dtype_t2j, dtype_j2t
 from pytorch2jax._errors import OptionError
 from pytorch2jax._program import Batching
 from pytorch2jax._sharding import BatchAxes, Rule, splitting
+from pytorch2jax._trees import is_static
 
 
 class Options(NamedTuple):
@@ -220,12 +222,42 @@ def constants(call: str, argnums: Any, mask: Any) -> Constants | None:
 # -- examples --------------------------------------------------------------------------------------------------
 
 
-def example_dtype(example: Any) -> torch.dtype | None:
-    """The torch dtype that an example argument asks for."""
-    return example.dtype if isinstance(example, torch.Tensor) else None
+class Examples(NamedTuple):
+    """Arguments like those of later calls: tensors, arrays or `jax.ShapeDtypeStruct`, in any pytree."""
+
+    leaves: tuple[Any, ...]
+    treedef: Any
+    positions: tuple[int, ...]  # of what is no static value
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Examples:
+        """The arguments of an example call."""
+        leaves, treedef = flatten_arguments((args, kwargs))
+        return cls(tuple(leaves), treedef, tuple(i for i, leaf in enumerate(leaves) if not is_static(leaf)))
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype | None, ...]:
+        """The torch dtype that each of them asks for."""
+        found = [self.leaves[i] for i in self.positions]
+        return tuple(x.dtype if isinstance(x, torch.Tensor) else None for x in found)
+
+    def specs(self) -> list[jax.ShapeDtypeStruct]:
+        """They as JAX sees them."""
+        return [_example_spec(self.leaves[i]) for i in self.positions]
+
+    def check(self, call: Callable[..., Any]) -> None:
+        """Trace a call on arguments like these; errors as those of the call."""
+
+        def fill(*arrays: Any) -> Any:
+            filled = list(self.leaves)
+            for position, array in zip(self.positions, arrays, strict=True):
+                filled[position] = array
+            args, kwargs = jax.tree.unflatten(self.treedef, filled)
+            return call(*args, **kwargs)
+
+        jax.eval_shape(fill, *self.specs())
 
 
-def example_spec(example: Any) -> jax.ShapeDtypeStruct:
-    """An example argument as JAX sees it."""
+def _example_spec(example: Any) -> jax.ShapeDtypeStruct:
     dtype = canonical_dtype_t2j(example.dtype) if isinstance(example.dtype, torch.dtype) else example.dtype
     return jax.ShapeDtypeStruct(tuple(example.shape), dtype)

@@ -29,14 +29,21 @@ from pytorch2jax._trees import tensors_in
 
 
 class Skeleton:
-    """The private copy of a module, as a `TorchCallable`: its own tensors are parameters, then buffers."""
+    """The private copy of a module, as a `TorchCallable`: its own tensors are parameters, then buffers.
 
-    def __init__(self, model: nn.Module, leaves: Sequence[Leaf]) -> None:
+    Args:
+        model: the module.
+        leaves: these tensors.
+        method: the method that a call runs, or None for the module's own call, hooks included.
+    """
+
+    def __init__(self, model: nn.Module, leaves: Sequence[Leaf], method: str | None = None) -> None:
         source = Slots(model)
         tensors = [source[leaf.slots[0]] for leaf in leaves]
         self._values = Values([".".join(leaf.path) for leaf in leaves])
         self._placeholders = [stand_in(t, self._values, i) for i, t in enumerate(tensors)]
         self._module, made_of, hooks = _copy_without(model, tensors, self._placeholders)
+        self._run: Callable[..., Any] = self._module if method is None else getattr(self._module, method)
         self._snapshot: Snapshot | None = None
         held = Snapshot(self._module).tensors
         slots, others = Slots(self._module), _other_places(held, self._placeholders)
@@ -74,7 +81,7 @@ class Skeleton:
         self, own: list[torch.Tensor], variant: Hashable, args: Any, kwargs: Any
     ) -> tuple[Any, list[torch.Tensor]]:
         self.hold(own, variant)
-        out = self._module(*args, **kwargs)
+        out = self._run(*args, **kwargs)
         try:
             return out, [tables[0][0][tables[0][1]] for tables in self._tables]
         except KeyError:  # `del self.weight`; what comes in its place is a plain attribute, if it is no parameter

@@ -8,21 +8,18 @@ import inspect
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-import jax
 import torch
 
 from pytorch2jax._arguments import take_apart
-from pytorch2jax._bound import spec_of
 from pytorch2jax._engines import run as run_program
 from pytorch2jax._errors import LeafTypeError
 from pytorch2jax._function import TorchFunction
 from pytorch2jax._inference import Surroundings
 from pytorch2jax._options import (
+    Examples,
     Options,
     checked_options,
     constants,
-    example_dtype,
-    example_spec,
     lock_of,
     normalised_shapes,
     shapes_key,
@@ -31,7 +28,6 @@ from pytorch2jax._primitive import torch_call
 from pytorch2jax._reverse import JaxFunction, note_original
 from pytorch2jax._rng import SEED_DRAW, seed_from_key
 from pytorch2jax._sharding import run_on_shards
-from pytorch2jax._trees import is_static
 
 
 def torch2jax(
@@ -70,8 +66,10 @@ def torch2jax(
         example_kw: the same for keyword arguments.
         output_shapes: what `fn` returns, as a pytree of objects with `shape` and `dtype`, or of shapes alone
             (`torch.Size`, tuples or lists of int) where all floating arguments have the dtype of the outputs.
-            Without it that is found out at trace time, by one run on fake tensors. With it `fn` never runs
-            before it is called; then nothing is known about in-place writes, so that every input is copied.
+            The number of tensors and their shapes and dtypes have to be those of the outputs, in order; the containers
+            are those in which the outputs come back. Without it the outputs are found out at trace time, by one run on
+            fake tensors, and where these cannot follow by one on real ones. With it no real one is made, and every
+            input of such a function is copied, because nothing is known about in-place writes.
             It holds for inputs like the examples. For others it is found out, and taken as declared where that
             fails. Without examples it holds for all calls.
         depth: the highest order of derivatives that may be asked for; `0` for none. None: any order.
@@ -138,20 +136,21 @@ def torch2jax(
         raise LeafTypeError(f"torch2jax: expected a torch callable, got {type(fn).__name__}.")
     name = _name(fn)
     takes_rng = "rng" not in _parameter_names(fn)
-    leaves, treedef = jax.tree.flatten((example_args, example_kw or {}))
-    positions = [i for i, leaf in enumerate(leaves) if not is_static(leaf)]
+    examples = Examples.of(example_args, example_kw or {})
     options = checked_options(
         name,
         widen_ints=widen_ints,
         depth=depth,
         vmap_method=vmap_method,
-        example_dtypes=[example_dtype(leaves[i]) for i in positions],
+        example_dtypes=examples.dtypes,
         batch_axes=batch_axes,
         sharding_rule=sharding_rule,
         backend=backend,
     )
     held = constants(name, nondiff_argnums, nondiff_mask)
-    has_options = options != Options() or bool(leaves) or any((output_shapes is not None, held, out_specs, lock))
+    has_options = (
+        options != Options() or bool(examples.leaves) or any((output_shapes is not None, held, out_specs, lock))
+    )
     if isinstance(fn, JaxFunction) and not has_options:
         return fn.jax_function
     out_specs = output_sharding_spec if out_specs is None else out_specs
@@ -181,8 +180,9 @@ def torch2jax(
             args = held.held(name, args)
         return run(args, kwargs) if out_specs is None else run_on_shards(name, run, args, kwargs, out_specs)
 
-    if positions:
-        _check_on_examples(function, wrapped, leaves, treedef, positions)
+    if examples.positions:
+        function.keep_examples(examples)
+        examples.check(wrapped)
     if not has_options:
         note_original(wrapped, fn)
     return wrapped
@@ -274,23 +274,3 @@ def _parameter_names(fn: Callable[..., Any]) -> frozenset[str]:
         return frozenset(inspect.signature(fn).parameters)
     except (TypeError, ValueError):  # torch's built-in functions have no signature
         return frozenset()
-
-
-def _check_on_examples(
-    function: TorchFunction, wrapped: Callable[..., Any], leaves: list[Any], treedef: Any, positions: list[int]
-) -> None:
-    """Infer for the example arguments, and keep their values for functions that fake tensors cannot follow."""
-    examples = [leaves[i] for i in positions]
-
-    def call(*arrays: Any) -> Any:
-        filled = list(leaves)
-        for position, array in zip(positions, arrays, strict=True):
-            filled[position] = array
-        args, kwargs = jax.tree.unflatten(treedef, filled)
-        return wrapped(*args, **kwargs)
-
-    specs = [example_spec(example) for example in examples]
-    function.example_specs = tuple(map(spec_of, specs))
-    if not any(isinstance(x, jax.ShapeDtypeStruct) for x in examples):
-        function.examples = take_apart(function.name, *treedef.unflatten(leaves)).arrays
-    jax.eval_shape(call, *specs)

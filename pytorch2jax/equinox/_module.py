@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -13,23 +13,37 @@ from pytorch2jax._module import ConvertedModule
 
 
 def convert_pytnn_to_equinox(
-    model: torch.nn.Module,
+    model: torch.nn.Module | Callable[..., Any],
     *,
     with_state: bool = False,
     copy: bool = True,
     prefix: str = "",
+    method: str | None = None,
+    example_args: Sequence[Any] = (),
+    example_kw: Mapping[str, Any] | None = None,
+    output_shapes: Any = None,
+    out_specs: Any = None,
     batch_axes: int | Sequence[int | None] | None = None,
     backend: str = "torch",
 ) -> Any:
     """Turn a torch module into an Equinox module.
 
     Args:
-        model: any `torch.nn.Module`. It is not changed, and changes to it later do not reach the result.
+        model: any `torch.nn.Module`, or a method of one. It is not changed, and changes to it later do not reach the
+            result.
         with_state: `True` puts the buffers (running statistics and the like) into an `eqx.nn.State`. `False`
             keeps them, at their present values, inside the module.
         copy: see `convert_pytnn_to_jax`.
         prefix: put in front of the keywords `key`, `state` and `inference` of a call, for models whose `forward`
             has arguments of these names.
+        method: the method that a call runs in the place of `forward`, by its name: `method="encode"`. A bound
+            method instead of the module does the same: `convert_pytnn_to_equinox(model.encode)`.
+        example_args, example_kw: optional arguments like those of later calls: tensors, arrays or
+            `jax.ShapeDtypeStruct`. A model that reads values is tried on them where it is traced under `jax.jit`,
+            and not on made-up ones, which it may not accept.
+        output_shapes: what a call returns, as for `torch2jax`: for models that can run on no values but real ones.
+        out_specs: how the outputs are sharded, for arguments that are sharded along explicit axes of a mesh, as for
+            `torch2jax`; such calls change no buffers.
         batch_axes: the axis of the batch in the arguments of `forward`, for arrays that are sharded over devices;
             see `convert_pytnn_to_jax`. Without it, each device runs the model on the whole batch.
         backend: `"torch"` runs torch's kernels; `"xla"` translates the model to JAX operations, see `torch2jax`.
@@ -56,7 +70,17 @@ def convert_pytnn_to_equinox(
     """
     keywords = {"key": None, "state": None, "inference": None}
     converted = ConvertedModule(
-        model, copy=copy, prefix=prefix, keywords=keywords, batch_axes=batch_axes, backend=backend
+        model,
+        copy=copy,
+        prefix=prefix,
+        keywords=keywords,
+        method=method,
+        example_args=example_args,
+        example_kw=example_kw,
+        output_shapes=output_shapes,
+        out_specs=out_specs,
+        batch_axes=batch_axes,
+        backend=backend,
     )
     params, state = converted.take_initial()
     if not with_state:

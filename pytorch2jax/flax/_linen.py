@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any, ClassVar
 
@@ -25,19 +25,33 @@ _BUFFERS = "buffers"
 
 
 def convert_pytnn_to_flax(
-    model: torch.nn.Module,
+    model: torch.nn.Module | Callable[..., Any],
     *,
     copy: bool = True,
     prefix: str = "",
+    method: str | None = None,
+    example_args: Sequence[Any] = (),
+    example_kw: Mapping[str, Any] | None = None,
+    output_shapes: Any = None,
+    out_specs: Any = None,
     batch_axes: int | Sequence[int | None] | None = None,
     backend: str = "torch",
 ) -> tuple[type[nn.Module], dict[str, Any]]:
     """Turn a torch module into a Flax Linen module class and its parameters.
 
     Args:
-        model: any `torch.nn.Module`. It is not changed, and changes to it later do not reach the class.
+        model: any `torch.nn.Module`, or a method of one. It is not changed, and changes to it later do not reach the
+            class.
         copy: see `convert_pytnn_to_jax`.
         prefix: put in front of the keyword `train`, for models whose `forward` has an argument of that name.
+        method: the method that a call runs in the place of `forward`, by its name: `method="encode"`. A bound
+            method instead of the module does the same: `convert_pytnn_to_flax(model.encode)`.
+        example_args, example_kw: optional arguments like those of later calls: tensors, arrays or
+            `jax.ShapeDtypeStruct`. A model that reads values is tried on them where it is traced under `jax.jit`,
+            and not on made-up ones, which it may not accept.
+        output_shapes: what a call returns, as for `torch2jax`: for models that can run on no values but real ones.
+        out_specs: how the outputs are sharded, for arguments that are sharded along explicit axes of a mesh, as for
+            `torch2jax`; such calls change no buffers.
         batch_axes: the axis of the batch in the arguments of `forward`, for arrays that are sharded over devices;
             see `convert_pytnn_to_jax`. Without it, each device runs the model on the whole batch.
         backend: `"torch"` runs torch's kernels; `"xla"` translates the model to JAX operations, see `torch2jax`.
@@ -74,7 +88,17 @@ def convert_pytnn_to_flax(
         (4, 2)
     """
     converted = ConvertedModule(
-        model, copy=copy, prefix=prefix, keywords={"train": False}, batch_axes=batch_axes, backend=backend
+        model,
+        copy=copy,
+        prefix=prefix,
+        keywords={"train": False},
+        method=method,
+        example_args=example_args,
+        example_kw=example_kw,
+        output_shapes=output_shapes,
+        out_specs=out_specs,
+        batch_axes=batch_axes,
+        backend=backend,
     )
 
     class Converted(_TorchModule):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,26 +23,37 @@ _MODE = "mode"  # the default of `train`: what `m.train()` and `m.eval()` have s
 
 
 def convert_pytnn_to_nnx(
-    model: torch.nn.Module,
+    model: torch.nn.Module | Callable[..., Any],
     *,
     rngs: nnx.Rngs | None = None,
-    example_args: tuple[Any, ...] = (),
-    example_kw: dict[str, Any] | None = None,
     copy: bool = True,
     prefix: str = "",
+    method: str | None = None,
+    example_args: Sequence[Any] = (),
+    example_kw: Mapping[str, Any] | None = None,
+    output_shapes: Any = None,
+    out_specs: Any = None,
     batch_axes: int | Sequence[int | None] | None = None,
     backend: str = "torch",
 ) -> TorchModule:
     """Turn a torch module into a Flax NNX module.
 
     Args:
-        model: any `torch.nn.Module`. It is not changed, and changes to it later do not reach the result.
+        model: any `torch.nn.Module`, or a method of one. It is not changed, and changes to it later do not reach the
+            result.
         rngs: where the module takes its random numbers from (the stream `dropout`) when a call passes none.
-        example_args, example_kw: optional arguments like those of a call. With them, the buffers that training
-            changes are found by a run on fake tensors; without, they are the statistics of normalisations.
         copy: see `convert_pytnn_to_jax`.
         prefix: put in front of the keywords `train` and `rngs` of a call, for models whose `forward` has
             arguments of these names.
+        method: the method that a call runs in the place of `forward`, by its name: `method="encode"`. A bound
+            method instead of the module does the same: `convert_pytnn_to_nnx(model.encode)`.
+        example_args, example_kw: optional arguments like those of later calls: tensors, arrays or
+            `jax.ShapeDtypeStruct`. A model that reads values is tried on them where it is traced under `jax.jit`,
+            and not on made-up ones, which it may not accept. With them, the buffers that training changes are found
+            by a run on fake tensors; without, they are the statistics of normalisations.
+        output_shapes: what a call returns, as for `torch2jax`: for models that can run on no values but real ones.
+        out_specs: how the outputs are sharded, for arguments that are sharded along explicit axes of a mesh, as for
+            `torch2jax`; such calls change no buffers.
         batch_axes: the axis of the batch in the arguments of `forward`, for arrays that are sharded over devices;
             see `convert_pytnn_to_jax`. Without it, each device runs the model on the whole batch.
         backend: `"torch"` runs torch's kernels; `"xla"` translates the model to JAX operations, see `torch2jax`.
@@ -70,9 +81,19 @@ def convert_pytnn_to_nnx(
     """
     keywords = {"train": _MODE, "rngs": None}
     converted = ConvertedModule(
-        model, copy=copy, prefix=prefix, keywords=keywords, batch_axes=batch_axes, backend=backend
+        model,
+        copy=copy,
+        prefix=prefix,
+        keywords=keywords,
+        method=method,
+        example_args=example_args,
+        example_kw=example_kw,
+        output_shapes=output_shapes,
+        out_specs=out_specs,
+        batch_axes=batch_axes,
+        backend=backend,
     )
-    example = (example_args, example_kw or {}) if example_args or example_kw else None
+    example = (tuple(example_args), dict(example_kw or {})) if example_args or example_kw else None
     return TorchModule(converted, example, rngs)
 
 
