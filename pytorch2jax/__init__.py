@@ -37,6 +37,7 @@ from pytorch2jax._errors import (
     RandomnessError,
     ReplicationWarning,
     StateError,
+    StatisticsWarning,
     StructureError,
     TorchCallError,
     UnsupportedTransformError,
@@ -45,7 +46,7 @@ from pytorch2jax._module import convert_pytnn_to_jax
 from pytorch2jax._reverse import jax2torch
 from pytorch2jax._tape import use_tape
 from pytorch2jax._transfer import j2t, t2j
-from pytorch2jax._weights import label_params, load_params, params_to_state_dict, trainable_mask
+from pytorch2jax._weights import label_params, load_params, params_from_state_dict, params_to_state_dict, trainable_mask
 from pytorch2jax._wrap import py_to_jax_wrapper, torch2jax
 from pytorch2jax.compat import (
     Size,
@@ -94,6 +95,7 @@ __all__ = [
     "ReplicationWarning",
     "Size",
     "StateError",
+    "StatisticsWarning",
     "StructureError",
     "TorchCallError",
     "UnsupportedTransformError",
@@ -113,6 +115,7 @@ __all__ = [
     "jax2torch",
     "label_params",
     "load_params",
+    "params_from_state_dict",
     "params_to_state_dict",
     "py_to_jax_wrapper",
     "t2j",

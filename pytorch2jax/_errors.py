@@ -100,3 +100,7 @@ class LoopWarning(UserWarning):
 
 class BridgedWarning(UserWarning):
     """Operators without a JAX function run in torch, inside a program that is otherwise translated to JAX."""
+
+
+class StatisticsWarning(UserWarning):
+    """Parameters go back to torch, and the running statistics that belong to them do not."""

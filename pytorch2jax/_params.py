@@ -205,6 +205,13 @@ def flatten(call: str, root: str, leaves: Sequence[Leaf], tree: Any) -> list[Any
                 raise LeafTypeError(f"{call}: {address(root, leaf)}: expected an array, got {_kind(node)}.")
             values.append(node)
     unexpected = _unexpected(root, leaves, tree)
+    if missing and isinstance(tree, Mapping) and any(PATH_SEPARATOR.join(leaf.path) in tree for leaf in leaves):
+        first = next(name for leaf in leaves if (name := PATH_SEPARATOR.join(leaf.path)) in tree)
+        keys = "".join(f"[{key!r}]" for key in first.split(PATH_SEPARATOR))
+        raise MissingLeafError(
+            f"{call}: {root}: expected nested dicts (`{root}{keys}`), got flat names, as a torch `state_dict` has them "
+            f"({first!r}). `params_from_state_dict(model, state_dict)` makes the one of the other."
+        )
     if missing:
         also = f" Not expected, but there: {listed(unexpected)}." if unexpected else ""
         raise MissingLeafError(
@@ -251,6 +258,11 @@ def _unexpected(root: str, leaves: Sequence[Leaf], tree: Any) -> list[str]:
     if isinstance(tree, Mapping):
         walk(tree, ())
     return found
+
+
+def flat_name(slot: Slot) -> str:
+    """The name of a place in a `state_dict`: `encoder.weight`."""
+    return f"{slot.module}.{slot.name}" if slot.module else slot.name
 
 
 def address(root: str, leaf: Leaf) -> str:

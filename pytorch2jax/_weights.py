@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
-from collections.abc import Mapping
-from typing import Any
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import jax
 import torch
 from torch import nn
 
 from pytorch2jax._dtypes import dtype_j2t, narrowed
-from pytorch2jax._errors import DtypeError, StructureError
-from pytorch2jax._params import Path, Slot, Slots, address, check_module, check_shapes, flatten, layout_of, listed, nest
-from pytorch2jax._transfer import j2t
+from pytorch2jax._errors import DtypeError, LeafTypeError, MissingLeafError, StatisticsWarning, StructureError
+from pytorch2jax._params import (
+    Layout,
+    Leaf,
+    Path,
+    Slot,
+    Slots,
+    address,
+    check_module,
+    check_shapes,
+    flat_name,
+    flatten,
+    layout_of,
+    leaf_in,
+    listed,
+    nest,
+)
+from pytorch2jax._transfer import as_array, j2t, t2j
 from pytorch2jax._trees import PATH_SEPARATOR
 
 
@@ -21,12 +41,15 @@ def params_to_state_dict(model: nn.Module, params: Any, state: Any = None) -> di
 
     Args:
         model: the torch module that was converted, or one of the same architecture. It is not changed.
-        params: nested dict of arrays, as `convert_pytnn_to_jax` returned it, with new values.
-        state: nested dict of the buffers (`with_state=True`), or None: the buffers that `model` has now.
+        params, state: as for `load_params`.
 
     Returns:
         What `model.state_dict()` returns, with these values: every name of a tied weight, torch's own
-        dtypes, on the model's devices. The tensors are copies.
+        dtypes, on the model's devices. The tensors are copies, one for each name, so that safetensors can save
+        them as they are.
+
+    Warns:
+        StatisticsWarning: as for `load_params`.
 
     Raises:
         ConversionError: `model` is no torch module.
@@ -46,10 +69,12 @@ def params_to_state_dict(model: nn.Module, params: Any, state: Any = None) -> di
     tensors = _tensors_by_slot(call, model, params, state)
     # The model's own state_dict says which names there are: hooks may rename or drop some.
     result = dict(model.state_dict())
+    seen: set[int] = set()
     for slot, tensor in tensors.items():
-        name = f"{slot.module}.{slot.name}" if slot.module else slot.name
+        name = flat_name(slot)
         if name in result:
-            result[name] = tensor
+            result[name] = tensor.clone() if id(tensor) in seen else tensor
+            seen.add(id(tensor))
     return result
 
 
@@ -59,11 +84,18 @@ def load_params(model: nn.Module, params: Any, state: Any = None) -> nn.Module:
     Args:
         model: the torch module that was converted, or one of the same architecture. Its tensors are
             overwritten in place, so that optimizers and tied weights keep referring to them.
-        params: nested dict of arrays, as `convert_pytnn_to_jax` returned it, with new values.
-        state: nested dict of the buffers (`with_state=True`), or None: the buffers stay as they are.
+        params: the new values, in the form in which a framework holds them: what `convert_pytnn_to_jax` returned; the
+            variables of a Linen module (`{"params": ..., "batch_stats": ...}`), or its `params`; an NNX module, its
+            `nnx.state`, or a pure dict of that; an Equinox module. Of a larger model, that part of it.
+        state: the buffers, where `params` does not have them: the nested dict of `with_state=True`, or the
+            `eqx.nn.State` of an Equinox module. None: the buffers stay as they are. `False` says that this is
+            meant, also for statistics.
 
     Returns:
         `model`.
+
+    Warns:
+        StatisticsWarning: the model has running statistics, and `params` and `state` have none.
 
     Raises:
         ConversionError: `model` is no torch module.
@@ -89,12 +121,163 @@ def load_params(model: nn.Module, params: Any, state: Any = None) -> nn.Module:
     return model
 
 
+def params_from_state_dict(model: nn.Module, state_dict: Any, *, with_state: bool = False) -> Any:
+    """The parameters of a converted model, with the values of a torch `state_dict` or of a safetensors file.
+
+    Args:
+        model: the torch module that was converted, or one of the same architecture, also on torch's meta device. It
+            is not changed; its values do not matter, except those of buffers that a `state_dict` does not have.
+        state_dict: what `model.state_dict()` returns, of arrays or tensors, or the path of a `.safetensors` file,
+            which is read one tensor after the other. Of the names of a tied weight one is enough.
+        with_state: whether to return the buffers, too.
+
+    Returns:
+        `params`, or `(params, state)`, as `convert_pytnn_to_jax` returns them. Floating values are cast to the dtype
+        that the model has, as `load_state_dict` does.
+
+    Copies:
+        Every tensor, once.
+
+    Raises:
+        ConversionError: `model` is no torch module, or its tensors are on the meta device and not in the file.
+        MissingLeafError: a parameter or buffer of the model is not there; the message has its flat name.
+        StructureError: there is something that the model lacks, or that has another shape.
+        DtypeError: integers for floating values, or the other way round.
+        LeafTypeError: `state_dict` is neither a dict nor a path.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 3)
+        >>> params = params_from_state_dict(model, {"weight": torch.ones(3, 2), "bias": torch.zeros(3)})
+        >>> params["bias"]
+        Array([0., 0., 0.], dtype=float32)
+    """
+    call = "params_from_state_dict"
+    check_module(call, model)
+    layout = layout_of(model)
+    own = model.state_dict(keep_vars=True)
+    slots = Slots(model)
+    with _opened(call, state_dict) as (names, tensor_of):
+        known = {flat_name(slot) for leaf in (*layout.params, *layout.state) for slot in leaf.slots}
+        extra = [name for name in names if name not in known and name not in own]
+        if extra:
+            raise StructureError(
+                f"{call}: {listed(extra)}: the model has no such tensor. Remove it from the dict, or pass the model "
+                "that it belongs to."
+            )
+        arrays: dict[str, list[Any]] = {}
+        missing: list[str] = []
+        for root, leaves in (("params", layout.params), ("state", layout.state)):
+            arrays[root] = []
+            for leaf in leaves:
+                found = [name for slot in leaf.slots if (name := flat_name(slot)) in names]
+                if found:
+                    arrays[root].append(_as_leaf(call, found[0], leaf, tensor_of(found[0])))
+                elif leaf.trainable or flat_name(leaf.slots[0]) in own:
+                    missing.append(flat_name(leaf.slots[0]))
+                else:  # a buffer that is not persistent
+                    arrays[root].append(t2j(slots[leaf.slots[0]], copy=True))
+    if missing:
+        raise MissingLeafError(
+            f"{call}: {listed(missing)}: missing. Expected the names of `model.state_dict()`, got {len(names)} others."
+        )
+    params, state = nest(layout.params, arrays["params"]), nest(layout.state, arrays["state"])
+    return (params, state) if with_state else params
+
+
+@contextlib.contextmanager
+def _opened(call: str, source: Any) -> Iterator[tuple[Collection[str], Callable[[str], Any]]]:
+    """The names in a state dict or file, and a function that reads one of them."""
+    if isinstance(source, Mapping):
+        yield source.keys(), source.__getitem__
+        return
+    if not isinstance(source, (str, os.PathLike)):
+        raise LeafTypeError(
+            f"{call}: state_dict: expected a dict of tensors by name, or the path of a .safetensors file, got "
+            f"{type(source).__name__}. For nested parameters there is `load_params`."
+        )
+    try:
+        safetensors = importlib.import_module("safetensors")
+    except ImportError as error:
+        raise LeafTypeError(
+            f"{call}: expected the package safetensors, with which the file is read, which is not installed. Install "
+            "it with `pip install safetensors`, or pass a dict."
+        ) from error
+    with safetensors.safe_open(os.fspath(source), framework="pt") as file:
+        yield set(file.keys()), file.get_tensor
+
+
+def _as_leaf(call: str, name: str, leaf: Leaf, value: Any) -> jax.Array:
+    tensor = value if isinstance(value, torch.Tensor) else j2t(as_array(call, lambda: name, value), copy=True)
+    if tuple(tensor.shape) != leaf.shape:
+        raise StructureError(f"{call}: {name}: expected shape {leaf.shape}, got {tuple(tensor.shape)}.")
+    if tensor.is_floating_point() != leaf.dtype.is_floating_point or tensor.is_complex() != leaf.dtype.is_complex:
+        raise DtypeError(f"{call}: {name}: expected {leaf.dtype}, got {tensor.dtype}. Cast it first.")
+    return t2j(tensor.detach().to(leaf.dtype), copy=True)
+
+
+class _Trees(NamedTuple):
+    """Nested dicts of arrays by torch's names.
+
+    params, state: the parameters and the buffers; None where there are no buffers.
+    is_partial: whether buffers that training does not change may be missing.
+    """
+
+    params: Any
+    state: Any
+    is_partial: bool = False
+
+
+_COLLECTIONS = ("batch_stats", "buffers")  # in which Linen and NNX have the buffers
+
+
+def _trees_of(layout: Layout, params: Any, state: Any) -> _Trees:
+    """What a framework holds, taken apart."""
+    if callable(split := getattr(params, "_trees_of_torch", None)):  # a module of one of the adapters
+        params, state = split(state)
+    params, state = _plain(params), _plain(state)
+    is_collections = isinstance(params, Mapping) and isinstance(params.get("params"), Mapping)
+    if is_collections and all(leaf.path[0] != "params" for leaf in layout.params):
+        found = {name: params[name] for name in _COLLECTIONS if name in params}
+        params, state = params["params"], (found or None) if state is None else state
+    names = {leaf.path[0] for leaf in layout.state}
+    if isinstance(state, Mapping) and state and set(state) <= set(_COLLECTIONS) and names.isdisjoint(state):
+        return _Trees(params, _merged(list(state.values())), is_partial=True)
+    return _Trees(params, state)
+
+
+def _plain(tree: Any) -> Any:
+    """A tree without the boxes that Flax puts around arrays, in plain dicts."""
+    if isinstance(tree, Mapping):
+        return {str(key): _plain(child) for key, child in tree.items()}
+    for unboxed in ("get_value", "unbox"):  # of nnx.Variable, and of Linen's boxes with metadata
+        if callable(take := getattr(tree, unboxed, None)):
+            return take()
+    return tree
+
+
+def _merged(trees: Sequence[Any]) -> Any:
+    """One nested dict of several that share no leaf."""
+    result: dict[str, Any] = {}
+    for tree in trees:
+        for key, child in tree.items():
+            both = isinstance(child, Mapping) and isinstance(result.get(key), Mapping)
+            result[key] = _merged([result[key], child]) if both else child
+    return result
+
+
 def _tensors_by_slot(call: str, model: nn.Module, params: Any, state: Any) -> dict[Slot, torch.Tensor]:
     check_module(call, model)
     layout = layout_of(model)
-    trees = [("params", layout.params, params)]
-    if state is not None:
-        trees.append(("state", layout.state, state))
+    given = _trees_of(layout, params, state)
+    trees = [("params", layout.params, given.params)]
+    if given.state is not None and given.state is not False:
+        there = [
+            leaf
+            for leaf in layout.state
+            if leaf.statistic or not given.is_partial or leaf_in(given.state, leaf) is not None
+        ]
+        trees.append(("state", tuple(there), given.state))
     tensors: dict[Slot, torch.Tensor] = {}
     slots = Slots(model)
     for root, leaves, tree in trees:
@@ -108,6 +291,15 @@ def _tensors_by_slot(call: str, model: nn.Module, params: Any, state: Any) -> di
             device = slots[leaf.slots[0]].device
             tensor = j2t(value, copy=True).to(device=device, dtype=leaf.dtype)
             tensors.update(dict.fromkeys(leaf.slots, tensor))
+    statistics = [address("state", leaf) for leaf in layout.state if leaf.statistic]
+    if given.state is None and statistics:
+        warnings.warn(
+            f"{call}: {listed(statistics)}: running statistics, which training changes, are not among what was "
+            "passed. Pass the variables, module or state that has them, or `state=False` to keep those of the torch "
+            "module.",
+            StatisticsWarning,
+            stacklevel=3,
+        )
     return tensors
 
 

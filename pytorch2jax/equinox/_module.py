@@ -118,6 +118,12 @@ class TorchModule(eqx.Module):
             return out
         return out, state if new is old else state.set(self.state_index, new)
 
+    def _trees_of_torch(self, state: Any) -> tuple[Any, Any]:
+        """The parameters and buffers, for the way back to torch."""
+        if isinstance(state, eqx.nn.State) and self.state_index is not None:
+            state = state.get(self.state_index)
+        return self.params, state
+
     def _checked(self, state: Any) -> eqx.nn.State:
         if not isinstance(state, eqx.nn.State):
             raise StateError(

@@ -132,6 +132,10 @@ class TorchModule(nnx.Module):
         if deterministic is not None:
             self.deterministic = deterministic
 
+    def _trees_of_torch(self, state: Any) -> tuple[Any, Any]:
+        """The parameters and buffers, for the way back to torch."""
+        return _values(self.params), _values(self._state()) if state is None else state
+
     def _stream(self, rngs: nnx.Rngs) -> Any:
         try:
             return rngs.dropout
