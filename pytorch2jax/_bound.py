@@ -251,8 +251,13 @@ class BoundFunction(RootProgram):
         if unasked:
             raise StateError(
                 f"{self.name}: {', '.join(unasked)}: changed by the forward pass, and the caller did not ask for "
-                "the new values. Convert with `with_state=True` to get them back, or call with `train=False`."
+                f"the new values. Convert with `with_state=True` to get them back{self._quiet()}."
             )
+
+    def _quiet(self) -> str:
+        """What else to do where the state changes, if that was not done, for messages."""
+        quiet = self._callable.surroundings().quiet
+        return f", or call with `{quiet}`" if quiet and self._what.variant is not False else ""
 
     def _find_factors(self) -> None:
         splitting, given = self._options.splitting, self._what.n_given

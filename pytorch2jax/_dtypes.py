@@ -41,11 +41,11 @@ _NARROWED = {
 }
 
 
-def dtype_t2j(dtype: torch.dtype) -> np.dtype[Any]:
+def dtype_t2j(dtype: Any) -> np.dtype[Any]:
     """The JAX dtype of a torch dtype, whatever `jax_enable_x64` says.
 
     Args:
-        dtype: a torch dtype.
+        dtype: a torch dtype. A JAX dtype is returned as it is.
 
     Returns:
         The NumPy dtype object that JAX uses under the same name.
@@ -61,6 +61,8 @@ def dtype_t2j(dtype: torch.dtype) -> np.dtype[Any]:
     try:
         return _TORCH_TO_JAX[dtype]
     except (KeyError, TypeError):
+        if not isinstance(dtype, torch.dtype) and _is_jax_dtype(dtype):
+            return jnp.dtype(dtype)
         raise DtypeError(
             f"dtype_t2j: expected a torch dtype that JAX has too, got {dtype!r}. "
             f"Shared dtypes: {', '.join(_SHARED_NAMES)}. Convert the tensor with `.to(...)` first."
@@ -71,7 +73,8 @@ def dtype_j2t(dtype: Any) -> torch.dtype:
     """The torch dtype of a JAX (or NumPy) dtype.
 
     Args:
-        dtype: anything that `jax.numpy.dtype` takes: `jnp.float32`, `"int8"`, `np.dtype("bool")`.
+        dtype: anything that `jax.numpy.dtype` takes: `jnp.float32`, `"int8"`, `np.dtype("bool")`. A torch dtype is
+            returned as it is.
 
     Returns:
         The torch dtype of the same name.
@@ -84,6 +87,8 @@ def dtype_j2t(dtype: Any) -> torch.dtype:
         >>> dtype_j2t(jnp.float32)
         torch.float32
     """
+    if isinstance(dtype, torch.dtype) and dtype in _TORCH_TO_JAX:
+        return dtype
     try:
         return _JAX_TO_TORCH[jnp.dtype(dtype)]
     except (KeyError, TypeError):
@@ -91,6 +96,13 @@ def dtype_j2t(dtype: Any) -> torch.dtype:
             f"dtype_j2t: expected a dtype that torch has too, got {dtype!r}. "
             f"Shared dtypes: {', '.join(_SHARED_NAMES)}. Convert the array with `.astype(...)` first."
         ) from None
+
+
+def _is_jax_dtype(dtype: Any) -> bool:
+    try:
+        return jnp.dtype(dtype) in _JAX_TO_TORCH
+    except TypeError:
+        return False
 
 
 def narrowed(dtype: torch.dtype) -> torch.dtype:

@@ -8,6 +8,7 @@ follow (they read values, leave torch, or are TorchScript) are run once for real
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -130,6 +131,7 @@ class Surroundings(NamedTuple):
     originals: tensors that it must not use, because others stand for them, with their names; for `n_given`.
     held: tensors in its plain attributes, with their addresses.
     advice: what to do where inference fails.
+    quiet: the keyword argument with which it may not change its state, for messages.
     """
 
     has_hooks: bool = False
@@ -141,6 +143,7 @@ class Surroundings(NamedTuple):
     originals: Callable[[int], list[tuple[str, torch.Tensor]]] = lambda n_given: []
     held: Callable[[], list[tuple[str, torch.Tensor]]] = list
     advice: str = "declare what it returns with `output_shapes`"
+    quiet: str = ""
 
 
 def infer(
@@ -194,10 +197,32 @@ def infer(
                 raise StateError(_KEEPS.format(name=name, where="an attribute")) from error
             raise InferenceError(
                 f"{name}: running it once to learn its outputs failed: {type(error).__name__}: {error}\n"
-                f"Inputs: {', '.join(f'{s.path}: {s.dtype}{list(s.shape)}' for s in inputs) or 'none'}. "
-                f"If the function only works on other values than these, {around.advice}. (Before that, fake tensors "
-                f"failed: {reason}.)"
+                f"Inputs: {_listed_inputs(inputs, around.n_own)}. "
+                f"{_advice(error, inputs, around)} (Before that, fake tensors failed: {reason}.)"
             ) from error
+
+
+_WANTS_INT32 = re.compile(r"int32|torch\.int\b|\bInt\b|IntTensor|dtype int\b")
+
+
+def _advice(error: Exception, inputs: Sequence[TensorSpec], around: Surroundings) -> str:
+    if _WANTS_INT32.search(str(error)) and any(spec.dtype == torch.int64 for spec in inputs):
+        return (
+            "Torch gets JAX's int32 arrays as int64; where it wants int32, `torch2jax(fn, widen_ints=False)` keeps it."
+        )
+    return f"If the function only works on other values than these, {around.advice}."
+
+
+_SHOWN_INPUTS = 12
+
+
+def _listed_inputs(inputs: Sequence[TensorSpec], n_own: int) -> str:
+    """The arguments, then how many tensors of the module's own there are."""
+    arguments = [f"{s.path}: {str(s.dtype).removeprefix('torch.')}{list(s.shape)}" for s in inputs[n_own:]]
+    shown = ", ".join(arguments[:_SHOWN_INPUTS]) or "no arguments"
+    if len(arguments) > _SHOWN_INPUTS:
+        shown += f" and {len(arguments) - _SHOWN_INPUTS} more"
+    return f"{shown}; and {n_own} parameters and buffers" if n_own else shown
 
 
 def infer_without_running(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -127,9 +128,9 @@ def convert_pytnn_to_jax(
 
     params, state = converted.take_initial()
     if with_state:
-        apply_with_state.__signature__ = converted.signature("params", "state")  # type: ignore[attr-defined]
+        converted.describe(apply_with_state, "params", "state")
         return apply_with_state, params, state
-    apply.__signature__ = converted.signature("params")  # type: ignore[attr-defined]
+    converted.describe(apply, "params")
     return apply, params
 
 
@@ -165,14 +166,21 @@ class ConvertedModule:
         run = _method_of(model, method)
         self.name = type(model).__name__ if method is None else f"{type(model).__name__}.{method}"
         _check_keywords(self.name, run, keywords, prefix)
-        self._accepted = _accepted_names(run)
+        self._parameters = _parameters_of(run)
+        self._accepted = None if self._parameters is None else frozenset(p.name for p in self._parameters)
+        own_doc = run.__doc__ if method is not None else type(model).__doc__
+        self._doc = inspect.cleandoc(own_doc or "")
         self._keywords = {f"{prefix}{name}": (name, default) for name, default in keywords.items()}
+        tables = (model._modules.items(), model._parameters.items(), model._buffers.items())
+        self._names = frozenset(name for table in tables for name, _ in table) - _ADAPTERS_OWN
         self.layout = layout_of(model)
         self._params: list[jax.Array] | None = arrays_of(model, self.layout.params, copy=copy)
         self._state: list[jax.Array] | None = arrays_of(model, self.layout.state, copy=True)
         self._params_order = _Order("params", self.layout.params)
         self._state_order = _Order("state", self.layout.state)
-        call = Skeleton(model, (*self.layout.params, *self.layout.state), method)
+        own_names = {plain: given for given, (plain, _) in self._keywords.items()}
+        eval_mode = f"{own_names['train']}=False" if "train" in own_names else f"{own_names['inference']}=True"
+        call = Skeleton(model, (*self.layout.params, *self.layout.state), method, eval_mode)
         own = own_tensors("params", self.layout.params, self._params)
         own += own_tensors("state", self.layout.state, self._state)
         split = splitting(self.name, batch_axes, None)
@@ -203,6 +211,11 @@ class ConvertedModule:
             f"pickle: {self.name}: expected something that can be pickled, got a converted module, which holds a torch "
             "module and compiled programs. Save its parameters (orbax, safetensors), and convert the model again."
         )
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names of the torch module's own submodules, parameters and buffers, save those that an adapter has."""
+        return self._names
 
     def initial(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Parameters and state as they were at conversion."""
@@ -236,17 +249,28 @@ class ConvertedModule:
                     f"own ({takes}), got one of another framework, which would do nothing.{meant}"
                 )
 
+    def __repr__(self) -> str:
+        sizes = sum(math.prod(leaf.shape) for leaf in self.layout.params)
+        return f"{self.name}, {_in_words(sizes)} parameters, backend={self._function.options.backend!r}"
+
     def signature(self, *leading: str) -> inspect.Signature:
-        """How a converted function is called, for `help` and editors."""
+        """How a converted function is called, for `help` and editors: what `forward` takes, and the keywords here."""
         kinds = inspect.Parameter
-        return inspect.Signature(
-            [
-                *(kinds(name, kinds.POSITIONAL_OR_KEYWORD) for name in leading),
-                kinds("args", kinds.VAR_POSITIONAL),
-                *(kinds(given, kinds.KEYWORD_ONLY, default=d) for given, (_, d) in self._keywords.items()),
-                kinds("kwargs", kinds.VAR_KEYWORD),
-            ]
-        )
+        rest = self._parameters
+        taken = {p.name for p in rest or ()} | set(self._keywords)
+        if rest is None or not taken.isdisjoint(leading) or any(p.kind is kinds.POSITIONAL_ONLY for p in rest):
+            rest = (kinds("args", kinds.VAR_POSITIONAL), kinds("kwargs", kinds.VAR_KEYWORD))
+        own = [kinds(given, kinds.KEYWORD_ONLY, default=d) for given, (_, d) in self._keywords.items()]
+        variable = [p for p in rest if p.kind is kinds.VAR_KEYWORD]
+        first = [kinds(name, kinds.POSITIONAL_OR_KEYWORD) for name in leading]
+        return inspect.Signature([*first, *(p for p in rest if p not in variable), *own, *variable])
+
+    def describe(self, function: Any, *leading: str, skips: bool = False) -> None:
+        """Give a function, or a class, the name, the signature and the docstring of the torch module."""
+        function.__name__ = function.__qualname__ = self.name
+        function.__doc__ = f"{self!r}\n\n{self._doc}".rstrip()
+        if not skips:
+            function.__signature__ = self.signature(*leading)
 
     def split_state(self, call: tuple[Any, Any] | None) -> tuple[list[Leaf], list[Leaf]]:
         """The buffers that training changes, and the others.
@@ -445,6 +469,13 @@ def _check_tensors(name: str, module: nn.Module) -> None:
 
     Buffers of such kinds stay in the module, as constants.
     """
+    for tensor_name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None and tensor.is_meta:
+            raise ConversionError(
+                f"convert: {name + '.' if name else ''}{tensor_name}: is on torch's meta device and has no values: "
+                "load the weights first (`load_state_dict(..., assign=True)`), or make the model without "
+                "`torch.device('meta')`."
+            )
     for tensor_name, tensor in module._parameters.items():
         if tensor is not None and not is_dense(tensor):
             kind = "nested tensor" if tensor.is_nested else type(tensor).__name__
@@ -471,6 +502,8 @@ def _unwrapped(model: Any) -> Any:
         else:
             return model
 
+
+_ADAPTERS_OWN = {"params", "batch_stats", "buffers", "rngs", "deterministic", "torch_module"}  # attributes
 
 _OTHERS = frozenset({"deterministic", "training", "is_training", "inference", "use_running_average", "train"})
 """How the frameworks call the flag that tells training from inference."""
@@ -513,17 +546,25 @@ def _method_of(model: nn.Module, method: str | None) -> Callable[..., Any]:
     return run
 
 
-def _accepted_names(run: Callable[..., Any]) -> frozenset[str] | None:
-    """The names of a function's arguments, or None where nobody knows them."""
+def _parameters_of(run: Callable[..., Any]) -> tuple[inspect.Parameter, ...] | None:
+    """A function's arguments, or None where nobody knows them."""
     try:
-        return frozenset(inspect.signature(run).parameters)
+        return tuple(inspect.signature(run).parameters.values())
     except (TypeError, ValueError):  # TorchScript
         return None
 
 
+def _in_words(n: int) -> str:
+    """A large number, to three digits: `109M`."""
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if n >= size:
+            return f"{n / size:.3g}{unit}" if n < 999.5 * size else f"{n // size}{unit}"
+    return str(n)
+
+
 def _check_keywords(name: str, run: Callable[..., Any], keywords: Iterable[str], prefix: str) -> None:
     """Raise where `forward` has an argument with the name of one of the adapter's own."""
-    taken = set(_accepted_names(run) or ()) & {f"{prefix}{name}" for name in keywords}
+    taken = {p.name for p in _parameters_of(run) or ()} & {f"{prefix}{name}" for name in keywords}
     if taken:
         names = ", ".join(sorted(taken))
         raise ConversionError(

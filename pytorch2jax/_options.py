@@ -143,7 +143,8 @@ def _is_shape(value: Any) -> bool:
     """Whether this is a shape without a dtype."""
     if isinstance(value, torch.Size):
         return True
-    return isinstance(value, (tuple, list)) and len(value) > 0 and all(type(n) is int for n in value)
+    is_scalar = isinstance(value, tuple) and not value  # a function returns one array at least
+    return is_scalar or (isinstance(value, (tuple, list)) and len(value) > 0 and all(type(n) is int for n in value))
 
 
 def _floating_dtype(call: str, arrays: Sequence[Any]) -> np.dtype:

@@ -205,8 +205,9 @@ def flatten(call: str, root: str, leaves: Sequence[Leaf], tree: Any) -> list[Any
                 raise LeafTypeError(f"{call}: {address(root, leaf)}: expected an array, got {_kind(node)}.")
             values.append(node)
     unexpected = _unexpected(root, leaves, tree)
-    if missing and isinstance(tree, Mapping) and any(PATH_SEPARATOR.join(leaf.path) in tree for leaf in leaves):
-        first = next(name for leaf in leaves if (name := PATH_SEPARATOR.join(leaf.path)) in tree)
+    flat = [name for leaf in leaves if len(leaf.path) > 1 and (name := PATH_SEPARATOR.join(leaf.path)) in _keys(tree)]
+    if missing and flat:
+        first = flat[0]
         keys = "".join(f"[{key!r}]" for key in first.split(PATH_SEPARATOR))
         raise MissingLeafError(
             f"{call}: {root}: expected nested dicts (`{root}{keys}`), got flat names, as a torch `state_dict` has them "
@@ -278,3 +279,7 @@ def listed(names: Sequence[str]) -> str:
 
 def _kind(tree: Any) -> str:
     return f"a dict with keys {sorted(map(str, tree))}" if isinstance(tree, Mapping) else type(tree).__name__
+
+
+def _keys(tree: Any) -> Iterable[Any]:
+    return tree if isinstance(tree, Mapping) else ()

@@ -35,9 +35,13 @@ class Skeleton:
         model: the module.
         leaves: these tensors.
         method: the method that a call runs, or None for the module's own call, hooks included.
+        eval_mode: the keyword argument of a call that asks for eval mode, for messages.
     """
 
-    def __init__(self, model: nn.Module, leaves: Sequence[Leaf], method: str | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, leaves: Sequence[Leaf], method: str | None = None, eval_mode: str = ""
+    ) -> None:
+        self._eval_mode = eval_mode
         source = Slots(model)
         tensors = [source[leaf.slots[0]] for leaf in leaves]
         self._values = Values([".".join(leaf.path) for leaf in leaves])
@@ -180,7 +184,9 @@ class Skeleton:
             put_back=self._put_back,
             originals=self._originals,
             held=lambda: self._attribute_tensors,
-            advice="check the arguments, and that the model runs on them in torch",
+            advice="check the arguments, and that the model runs on them in torch; or pass `example_args=` or "
+            "`output_shapes=` when you convert it",
+            quiet=self._eval_mode,
         )
 
     def _left_behind(self) -> list[tuple[str, torch.Tensor]]:

@@ -363,6 +363,23 @@ def label_params(params: Any, rules: Mapping[str, str], default: str) -> dict[st
     if unused := [pattern for pattern in rules if pattern not in used]:
         raise StructureError(
             f"label_params: {listed(unused)}: expected a pattern that fits a leaf of params, got one that fits none, "
-            f"or that an earlier rule hides. The leaves are under {', '.join(map(str, params))}."
+            "or that an earlier rule hides. A pattern is a dotted path, for all that is below it, or has `*` for "
+            f"anything: {_example_patterns(params)}. It is no regular expression, and has no `/`."
         )
     return labels
+
+
+def _example_patterns(params: Any) -> str:
+    """Patterns that fit this tree."""
+    paths = [PATH_SEPARATOR.join(path) for path in _paths(params)]
+    if not paths:
+        return "`encoder`, `*.bias`"
+    first, last = paths[0], paths[-1]
+    found = dict.fromkeys((first.split(PATH_SEPARATOR)[0], first, f"*{last.split(PATH_SEPARATOR)[-1]}"))
+    return ", ".join(f"`{pattern}`" for pattern in found)
+
+
+def _paths(tree: Any, path: Path = ()) -> list[Path]:
+    if not isinstance(tree, Mapping):
+        return [path]
+    return [found for key, child in tree.items() for found in _paths(child, (*path, str(key)))]

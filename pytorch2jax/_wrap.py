@@ -12,7 +12,7 @@ import torch
 
 from pytorch2jax._arguments import take_apart
 from pytorch2jax._engines import run as run_program
-from pytorch2jax._errors import LeafTypeError
+from pytorch2jax._errors import LeafTypeError, OptionError
 from pytorch2jax._function import TorchFunction
 from pytorch2jax._inference import Surroundings
 from pytorch2jax._options import (
@@ -31,8 +31,9 @@ from pytorch2jax._sharding import run_on_shards
 
 
 def torch2jax(
-    fn: Callable[..., Any],
+    fn: Callable[..., Any] | None = None,
     *example_args: Any,
+    torch_fn: Callable[..., Any] | None = None,
     example_kw: dict[str, Any] | None = None,
     output_shapes: Any = None,
     depth: int | None = None,
@@ -63,6 +64,7 @@ def torch2jax(
             `jax.ShapeDtypeStruct`. With them, `fn` is checked here instead of at its first call, and gets
             tensors of the dtypes that its example tensors have, while `jax_enable_x64` is off. Later calls
             may have other shapes.
+        torch_fn: the old name of `fn`, as a keyword.
         example_kw: the same for keyword arguments.
         output_shapes: what `fn` returns, as a pytree of objects with `shape` and `dtype`, or of shapes alone
             (`torch.Size`, tuples or lists of int) where all floating arguments have the dtype of the outputs.
@@ -132,7 +134,11 @@ def torch2jax(
         >>> jax.grad(lambda x: f(x, y).sum())(x).shape
         (2, 3)
     """
-    if not callable(fn):
+    if torch_fn is not None:
+        if fn is not None:
+            raise OptionError("torch2jax: expected `fn` or `torch_fn`, got both. `torch_fn` is the old name.")
+        fn = torch_fn
+    if fn is None or not callable(fn):
         raise LeafTypeError(f"torch2jax: expected a torch callable, got {type(fn).__name__}.")
     name = _name(fn)
     takes_rng = "rng" not in _parameter_names(fn)

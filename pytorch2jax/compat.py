@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -108,21 +110,23 @@ def torch2jax_without_vjp(fn: Callable[..., Any], *example_args: Any, **options:
     return torch2jax(fn, *example_args, depth=0, **options)
 
 
-def compile_and_import_module(*args: Any, **kwargs: Any) -> None:
-    """Does nothing: there is nothing to compile. Older programs call it first.
+def compile_and_import_module(*args: Any, **kwargs: Any) -> types.ModuleType:
+    """Return this library: there is nothing to compile. Older programs call it first.
 
     Args:
         *args, **kwargs: whatever they pass.
 
     Returns:
-        None.
+        The module `pytorch2jax`.
 
     Raises:
         Nothing.
 
     Example:
-        >>> compile_and_import_module()
+        >>> compile_and_import_module().__name__
+        'pytorch2jax'
     """
+    return sys.modules["pytorch2jax"]
 
 
 def convert_to_jax(value: Any) -> Any:

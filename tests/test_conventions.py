@@ -76,9 +76,9 @@ def test_the_way_out():
 
 def test_signatures_say_how_to_call():
     apply, _ = convert_pytnn_to_jax(nn.Linear(2, 2))
-    assert str(inspect.signature(apply)) == "(params, *args, rng=None, train=False, **kwargs)"
+    assert str(inspect.signature(apply)) == "(params, input: torch.Tensor, *, rng=None, train=False)"
     apply, _, _ = convert_pytnn_to_jax(nn.Linear(2, 2), with_state=True, prefix="j_")
-    assert str(inspect.signature(apply)) == "(params, state, *args, j_rng=None, j_train=False, **kwargs)"
+    assert str(inspect.signature(apply)) == "(params, state, input: torch.Tensor, *, j_rng=None, j_train=False)"
 
 
 def test_none_and_nested_containers():

@@ -100,7 +100,7 @@ def test_as_a_field_of_another_module_it_trains(model):
         losses.append(float(loss))
     assert losses[-1] < losses[0] / 2
     before = model[0].weight.detach().clone()
-    load_params(model, classifier.encoder.params)
+    load_params(model, classifier.encoder)
     assert not torch.equal(model[0].weight, before)
 
 

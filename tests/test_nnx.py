@@ -156,7 +156,7 @@ def test_as_an_attribute_of_another_module(model):
     parent.eval()
     gradient = nnx.grad(lambda m: (m(X) ** 2).sum())(parent)
     assert np.abs(gradient["encoder"]["params"]["keys"]["weight"].get_value()).sum() > 0
-    load_params(model, nnx.to_pure_dict(nnx.state(parent.encoder, nnx.Param))["params"])
+    load_params(model, nnx.to_pure_dict(nnx.state(parent.encoder, nnx.Param))["params"], state=False)
 
 
 def test_vmap_over_an_ensemble(model):

@@ -7,6 +7,7 @@ from typing import Any
 
 import equinox as eqx
 import torch
+import wadler_lindig
 
 from pytorch2jax._errors import StateError
 from pytorch2jax._module import ConvertedModule
@@ -118,8 +119,16 @@ class TorchModule(eqx.Module):
             return out
         return out, state if new is old else state.set(self.state_index, new)
 
+    def __repr__(self) -> str:
+        return f"TorchModule({self.torch_module!r})"
+
+    def __pdoc__(self, **kwargs: Any) -> Any:
+        return wadler_lindig.TextDoc(repr(self))
+
     def _trees_of_torch(self, state: Any) -> tuple[Any, Any]:
         """The parameters and buffers, for the way back to torch."""
+        if self.state_index is None and state is None:
+            return self.params, False  # its buffers are those of the conversion
         if isinstance(state, eqx.nn.State) and self.state_index is not None:
             state = state.get(self.state_index)
         return self.params, state

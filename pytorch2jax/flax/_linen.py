@@ -104,7 +104,7 @@ def convert_pytnn_to_flax(
     class Converted(_TorchModule):
         torch_module: ClassVar[ConvertedModule] = converted
 
-    Converted.__name__ = Converted.__qualname__ = converted.name
+    converted.describe(Converted, skips=True)
     return Converted, converted.initial()[0]
 
 
@@ -116,6 +116,12 @@ class _TorchModule(nn.Module):
     """
 
     torch_module: ClassVar[ConvertedModule]
+
+    def __repr__(self) -> str:
+        return f"TorchModule({self.torch_module!r})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.torch_module.__reduce__()
 
     @nn.nowrap
     def apply(self, *args: Any, **kwargs: Any) -> Any:

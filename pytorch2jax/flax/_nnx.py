@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import torch
 from flax import nnx
+from flax.nnx import reprlib
 
-from pytorch2jax._errors import RandomnessError
+from pytorch2jax._errors import ConversionError, RandomnessError
 from pytorch2jax._module import ConvertedModule
 from pytorch2jax._params import leaf_in, nest
 
@@ -126,6 +127,32 @@ class TorchModule(nnx.Module):
             if value is not variable.get_value():
                 variable.set_value(value)
         return out
+
+    def __repr__(self) -> str:
+        return f"TorchModule({self.torch_module!r})"
+
+    def __nnx_repr__(self) -> Any:
+        yield reprlib.Object(type="TorchModule", start=f"({self.torch_module!r}", end=")", same_line=True)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        converted = vars(self).get("torch_module")
+        if converted is not None and name in converted.names:
+            raise ConversionError(
+                f"TorchModule.{name}: `{name}` is a part of the torch module {converted.name}, which runs in torch, "
+                "where nothing else can be put in its place. Replace it in the torch module before you convert that "
+                f"(`model.{name} = ...`; `torch.nn.Identity()` leaves it out), and call yours on what comes out. New "
+                "values go into `params`."
+            )
+        super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        converted = vars(self).get("torch_module")
+        if converted is not None and name in converted.names:
+            raise AttributeError(
+                f"TorchModule.{name}: `{name}` is a part of the torch module {converted.name}. Its parameters are "
+                f"`params[{name!r}]`."
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """For `nnx.view`: the module in train mode (`deterministic=False`) or in eval mode."""

@@ -1,0 +1,232 @@
+"""What converted things say of themselves, and what is said where new users stumble."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+
+import equinox as eqx
+import flax.linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from torch import nn
+
+import pytorch2jax
+from pytorch2jax import (
+    ConversionError,
+    InferenceError,
+    OptionError,
+    StateError,
+    StructureError,
+    compile_and_import_module,
+    convert_pytnn_to_equinox,
+    convert_pytnn_to_flax,
+    convert_pytnn_to_jax,
+    convert_pytnn_to_nnx,
+    dtype_j2t,
+    dtype_t2j,
+    label_params,
+    torch2jax,
+)
+
+
+class Scorer(nn.Module):
+    """Gives scores."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(1000, 120)
+
+    def forward(self, x, *, temperature=1.0, **extra):
+        return self.fc(x) / temperature
+
+
+def test_representations():
+    text = "TorchModule(Scorer, 120k parameters, backend='torch')"
+    module = convert_pytnn_to_nnx(Scorer())
+    assert repr(module) == text
+    assert str(convert_pytnn_to_equinox(Scorer())) == text
+    assert repr(convert_pytnn_to_flax(Scorer())[0]()) == text
+
+    class Inside(nnx.Module):
+        def __init__(self):
+            self.encoder = module
+
+    assert f"encoder={text}" in repr(Inside())
+    assert f"encoder={text}" in eqx.tree_pformat({"encoder": convert_pytnn_to_equinox(Scorer())}).replace(
+        ": ", "="
+    ).replace("'encoder'", "encoder")
+    assert "xla" in repr(convert_pytnn_to_nnx(Scorer(), backend="xla"))
+
+
+def test_names_signatures_and_docstrings():
+    apply, params = convert_pytnn_to_jax(Scorer())
+    assert apply.__name__ == "Scorer"
+    assert str(inspect.signature(apply)) == "(params, x, *, temperature=1.0, rng=None, train=False, **extra)"
+    assert "Gives scores." in apply.__doc__
+    assert "Gives scores." in convert_pytnn_to_flax(Scorer())[0].__doc__
+    assert "torch_call[program=Scorer]" in str(jax.make_jaxpr(apply)(params, jnp.ones(1000)))
+    assert "jit_Scorer" in jax.jit(apply).lower(params, jnp.ones(1000)).as_text()
+
+    def halve(x):
+        """Half of it."""
+        return x / 2
+
+    converted = torch2jax(halve)
+    assert (converted.__name__, converted.__doc__) == ("halve", "Half of it.")
+    assert str(inspect.signature(converted)) == "(x)"
+
+
+def test_names_that_collide_in_a_signature():
+    class Odd(nn.Module):
+        def forward(self, params, /, x):
+            return x
+
+    assert str(inspect.signature(convert_pytnn_to_jax(Odd())[0])) == "(params, *args, rng=None, train=False, **kwargs)"
+
+
+def test_dir_lists_the_interface_alone():
+    assert set(dir(pytorch2jax)) == {*pytorch2jax.__all__, "__version__"}
+
+
+# -- stumbles --------------------------------------------------------------------------------------------------------
+
+
+def test_a_class_for_a_module():
+    with pytest.raises(ConversionError, match=r"got the class `Scorer`: pass an instance, `Scorer\(...\)`"):
+        convert_pytnn_to_jax(Scorer)
+
+
+def test_a_traced_mode():
+    apply, params = convert_pytnn_to_jax(Scorer())
+    with pytest.raises(OptionError, match=r"`train` has to be a Python bool.*static_argnames=\"train\""):
+        jax.jit(lambda p, x, train: apply(p, x, train=train))(params, jnp.ones(1000), True)
+
+
+def test_parameters_in_the_place_of_variables():
+    module, params = convert_pytnn_to_flax(Scorer())
+    with pytest.raises(Exception, match=r'no collection "params"|`apply\(\{"params": params\}'):
+        module().apply(params, jnp.ones(1000))
+
+
+def test_arguments_come_before_parameters():
+    apply, params = convert_pytnn_to_jax(Scorer().float())
+    with pytest.raises(
+        InferenceError, match=r"Inputs: args.0: float\d\d\[2, 7\]; and 2 parameters and buffers"
+    ) as info:
+        apply(params, jnp.ones((2, 7)))
+    assert len(str(info.value)) < 800
+    with pytest.raises(InferenceError, match=r"Inputs: args.0: float64\[1\], .* and 8 more"):
+        torch2jax(lambda *args: args[0] @ args[0][0])(*[jnp.ones(1)] * 20)
+
+
+def test_models_on_the_meta_device():
+    with torch.device("meta"):
+        model = Scorer()
+    with pytest.raises(
+        ConversionError, match=r"fc.weight: is on torch's meta device and has no values: load the weights"
+    ):
+        convert_pytnn_to_jax(model)
+
+
+@pytest.mark.parametrize("backend", ["torch", "xla"])
+def test_state_that_nobody_asked_for(backend):
+    """The keyword is the adapter's own, and nobody is told to do what was done."""
+    model, x = nn.BatchNorm1d(3).double(), jnp.ones((4, 3))
+    apply, params = convert_pytnn_to_jax(model, backend=backend)
+    with pytest.raises(StateError, match=r"`with_state=True` to get them back, or call with `train=False`\."):
+        apply(params, x, train=True)
+    apply, params = convert_pytnn_to_jax(model, backend=backend, prefix="jax_")
+    with pytest.raises(StateError, match=r"or call with `jax_train=False`\."):
+        apply(params, x, jax_train=True)
+    with pytest.raises(StateError, match=r"or call with `inference=True`\."):
+        convert_pytnn_to_equinox(model, backend=backend)(x, inference=False)
+
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("n", torch.zeros((), dtype=torch.float64))
+
+        def forward(self, x):
+            self.n += 1
+            return x
+
+    apply, params = convert_pytnn_to_jax(Counts(), backend=backend)
+    with pytest.raises(StateError, match=r"with_state=True` to get them back\."):
+        apply(params, x)
+
+
+def test_patterns_that_are_none():
+    params = {"encoder": {"norm": {"bias": 0.0}}}
+    for pattern in ("encoder/norm", r"encoder\..*", "^encoder"):
+        with pytest.raises(
+            StructureError, match=r"A pattern is a dotted path.*`encoder`, `encoder.norm.bias`, `\*bias`"
+        ):
+            label_params(params, {pattern: "a"}, "b")
+
+
+def test_pickling_linen_modules():
+    with pytest.raises(ConversionError, match="pickle: Scorer: expected something that can be pickled"):
+        pickle.dumps(convert_pytnn_to_flax(Scorer())[0]())
+
+
+def test_functions_that_want_int32(monkeypatch):
+    with jax.enable_x64(False):
+        args = jnp.eye(2), jnp.array([1, 2], jnp.int32), jnp.ones((2, 1))
+        with pytest.raises(InferenceError, match=r"widen_ints=False"):
+            torch2jax(torch.linalg.lu_solve)(*args)
+        np.testing.assert_array_equal(torch2jax(torch.linalg.lu_solve, widen_ints=False)(*args), np.ones((2, 1)))
+
+
+def test_a_part_of_a_converted_module_is_replaced():
+    m = convert_pytnn_to_nnx(Scorer())
+    with pytest.raises(ConversionError, match=r"TorchModule.fc: .*Replace it in the torch module before"):
+        m.fc = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    with pytest.raises(AttributeError, match=r"Its parameters are `params\['fc'\]`"):
+        m.fc  # noqa: B018
+    m.note = "attributes of other names are as ever"
+    assert m.note.startswith("attributes")
+
+    class Model(flax.linen.Module):
+        @flax.linen.compact
+        def __call__(self, x):
+            return convert_pytnn_to_flax(Scorer())[0]()(x)
+
+    assert Model().init_with_output(jax.random.key(0), jnp.ones(1000, jnp.float32))[0].shape == (120,)
+
+
+# -- as wrap-torch2jax has it ------------------------------------------------------------------------------------------
+
+
+def test_shapes_alone_in_any_containers():
+    x = jnp.ones((10, 2))
+    fn = lambda x: (x.sum(0), x.sum())  # noqa: E731
+    for shapes in (((2,), ()), [(2,), ()], [torch.Size([2]), torch.Size([])]):
+        out = torch2jax(fn, output_shapes=shapes)(x)
+        assert type(out) is type(shapes)
+        np.testing.assert_array_equal(out[0], [10, 10])
+        assert out[1] == 20
+    assert torch2jax(lambda x: x.sum(), output_shapes=())(x) == 20
+    values, places = torch2jax(
+        lambda x: torch.max(x, 1),
+        x,
+        output_shapes=(jax.ShapeDtypeStruct((10,), x.dtype), jax.ShapeDtypeStruct((10,), jnp.int64)),
+    )(x)
+    assert (values.shape, places.dtype) == ((10,), jnp.int64)
+
+
+def test_dtypes_that_are_there_already():
+    assert dtype_t2j(jnp.float32) == jnp.float32
+    assert dtype_t2j(np.dtype("int8")) == np.dtype("int8")
+    assert dtype_j2t(torch.bfloat16) is torch.bfloat16
+
+
+def test_old_keywords_and_the_module():
+    np.testing.assert_array_equal(torch2jax(torch_fn=torch.neg, use_zeros=False)(jnp.ones(2)), [-1, -1])
+    with pytest.raises(OptionError, match="expected `fn` or `torch_fn`, got both"):
+        torch2jax(torch.neg, torch_fn=torch.neg)
+    assert compile_and_import_module() is pytorch2jax
