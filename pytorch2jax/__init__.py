@@ -63,6 +63,7 @@ from pytorch2jax.compat import (
 )
 
 if TYPE_CHECKING:
+    from pytorch2jax._check import check
     from pytorch2jax.equinox import convert_equinox_to_pytnn, convert_pytnn_to_equinox
     from pytorch2jax.flax import (
         convert_flax_to_pytnn,
@@ -99,6 +100,7 @@ __all__ = [
     "StructureError",
     "TorchCallError",
     "UnsupportedTransformError",
+    "check",
     "compile_and_import_module",
     "convert_equinox_to_pytnn",
     "convert_flax_to_pytnn",
@@ -131,8 +133,9 @@ __all__ = [
     "wrap_torch_fn",
 ]
 
-# Names of the adapters, which import frameworks that need not be installed: looked up on first use.
+# Looked up on first use: the adapters import frameworks that need not be installed, and few programs check models.
 _LATE = {
+    "check": "pytorch2jax._check",
     "convert_equinox_to_pytnn": "pytorch2jax.equinox",
     "convert_flax_to_pytnn": "pytorch2jax.flax",
     "convert_nnx_to_pytnn": "pytorch2jax.flax",

@@ -254,6 +254,11 @@ class BoundFunction(RootProgram):
                 f"the new values. Convert with `with_state=True` to get them back{self._quiet()}."
             )
 
+    @property
+    def copied_inputs(self) -> tuple[int, ...]:
+        """The inputs that are copied before torch gets them."""
+        return self._copied
+
     def _quiet(self) -> str:
         """What else to do where the state changes, if that was not done, for messages."""
         quiet = self._callable.surroundings().quiet

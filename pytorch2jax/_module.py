@@ -17,6 +17,7 @@ from pytorch2jax._bound import BoundFunction
 from pytorch2jax._engines import run as run_program
 from pytorch2jax._errors import ConversionError, DeviceError, InferenceError, OptionError, RandomnessError
 from pytorch2jax._function import TorchFunction
+from pytorch2jax._inference import Inferred
 from pytorch2jax._options import Examples, Options, checked_backend, normalised_shapes, shapes_key
 from pytorch2jax._params import (
     Leaf,
@@ -293,6 +294,17 @@ class ConvertedModule:
             return set()
         n_params = len(self.layout.params)
         return {self.layout.state[i - n_params] for i in program.inferred.changed if i >= n_params}
+
+    def inferred(self, args: Any, kwargs: Any, *, train: bool) -> Inferred:
+        """What is known of a call like this before it runs; errors as those of the call."""
+        return self._bind(*self.initial(), args, kwargs, train)[1].inferred
+
+    def copied_bytes(self, args: Any, kwargs: Any) -> int:
+        """How many bytes a call in eval mode copies between the frameworks: what torch writes to, and its outputs."""
+        _, program = self._bind(*self.initial(), args, kwargs, False)
+        copied = [program.in_specs[i] for i in program.copied_inputs]
+        outputs = [] if program.computes_in_place else list(program.out_specs)
+        return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in (*copied, *outputs))
 
     def _bind(
         self,

@@ -1,0 +1,99 @@
+"""`python -m pytorch2jax check module:factory`: a report on a model from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import io
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pytorch2jax._check import Report, check
+from pytorch2jax._errors import Pytorch2JaxError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: the arguments, or None for those of the process.
+
+    Returns:
+        The exit status: 0, 1 where something differs from torch, 2 where the model could not be made or run.
+    """
+    parser = argparse.ArgumentParser(prog="python -m pytorch2jax")
+    command = parser.add_subparsers(dest="command", required=True).add_parser("check", help="what works, what it costs")
+    command.add_argument(
+        "factory", help="module:function or file.py:function, which returns a model, or (model, args, kwargs)"
+    )
+    command.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write the report as JSON")
+    command.add_argument("--markdown", nargs="?", const="-", metavar="FILE", help="write the report as Markdown")
+    command.add_argument("--no-timing", action="store_true", help="do not measure what it costs")
+    options = parser.parse_args(argv)
+    try:
+        model, args, kwargs = _made(options.factory)
+        quiet = "-" in (options.json, options.markdown)
+        with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext():
+            report = check(model, *args, timing=not options.no_timing, **kwargs)
+    except (Pytorch2JaxError, _UsageError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    _write(options.json, report.to_json() + "\n")
+    _write(options.markdown, report.to_markdown())
+    return int(report.differs)
+
+
+class _UsageError(Exception):
+    """The command does not name a model."""
+
+
+def _made(text: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """The model and its arguments, from the function that a command names."""
+    where, colon, name = text.rpartition(":")
+    if not colon or not where or not name:
+        raise _UsageError(f"check: expected module:function or file.py:function, got {text!r}.")
+    try:
+        factory = getattr(_module(where), name)
+    except (ImportError, FileNotFoundError, AttributeError) as error:
+        raise _UsageError(f"check: {text}: {type(error).__name__}: {error}.") from error
+    made = factory if isinstance(factory, nn.Module) else factory()
+    parts = made if isinstance(made, tuple) else (made,)
+    model, args, kwargs = (*parts, *((), {})[len(parts) - 1 :]) if len(parts) <= 3 else (None, (), {})
+    if not isinstance(model, nn.Module) or not isinstance(kwargs, dict):
+        raise _UsageError(
+            f"check: {text}: expected a function that returns a torch module, or (model, args) or (model, args, "
+            f"kwargs), got {type(made).__name__}."
+        )
+    return model, tuple(args) if isinstance(args, (tuple, list)) else (args,), kwargs
+
+
+def _module(where: str) -> Any:
+    sys.path.insert(0, os.getcwd())
+    if not where.endswith(".py"):
+        return importlib.import_module(where)
+    spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _write(file: str | None, text: str) -> None:
+    if file == "-":
+        print(text, end="")
+    elif file is not None:
+        Path(file).write_text(text)
+
+
+__all__ = ["Report", "main"]
+
+if __name__ == "__main__":
+    sys.exit(main())
