@@ -9,7 +9,7 @@ BENCH_STAMP := $(BENCH_VENV)/.installed
 PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-all test-rest stress endurance conformance conformance-xla versions lint format demo bench clean
+.PHONY: help env test test-all test-rest stress endurance conformance conformance-xla versions lint format demo notebooks bench clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -59,6 +59,9 @@ format: $(STAMP) ## Put the code into the house style
 
 demo: $(STAMP) ## Fine-tune a pretrained torch encoder in Flax; writes demo-output/
 	$(BIN)/python examples/finetune_encoder.py
+
+notebooks: $(STAMP) ## Execute the notebooks, and keep their outputs
+	$(BIN)/python scripts/notebooks.py
 
 bench: $(BENCH_STAMP) ## Measure beside torch, Flax and others; writes benchmarks/results/
 	$(BENCH_VENV)/bin/python -m benchmarks.run $(BENCH_ARGS)

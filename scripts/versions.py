@@ -3,7 +3,7 @@
     make versions                                             # all of them; gigabytes, and an hour
     make versions VERSIONS_ARGS='--only lowest newest'
     make versions VERSIONS_ARGS='tests/test_calls.py -x'      # what it does not know goes to pytest
-    make versions VERSIONS_ARGS='--write'                     # and put the table into the README
+    make versions VERSIONS_ARGS='--write'                     # and put the table into the documentation
 
 Each environment has a Python of its own and the torch that pip finds for it, which on Linux is a CUDA build of several
 gigabytes. The environments (`.venv-lowest` and so on) stay for the next time. What is not under test (pytest,
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "versions.md"
 TESTED = ("torch", "jax", "flax", "equinox", "optax", "numpy")
 SHOWN = ("torch", "jax", "flax", "equinox", "optax", "numpy")
 
@@ -148,11 +148,11 @@ def table(outcomes: list[Outcome], date: datetime.date) -> str:
 
 
 def write(text: str, new: str) -> str:
-    """The text of the README with another table."""
+    """The text of the page with another table."""
     before, found, rest = text.partition(_BEGIN)
     _, also_found, after = rest.partition(_END)
     if not (found and also_found):
-        raise ValueError(f"expected {_BEGIN!r} and {_END!r} in the README")
+        raise ValueError(f"expected {_BEGIN!r} and {_END!r} in docs/versions.md")
     return f"{before}{_BEGIN}\n{new}\n{_END}{after}"
 
 
@@ -161,7 +161,7 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(prog="python scripts/versions.py", description=(__doc__ or "").splitlines()[0])
     names = [environment.name for environment in environments()]
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="only these environments")
-    parser.add_argument("--write", action="store_true", help="put the table into the README")
+    parser.add_argument("--write", action="store_true", help="put the table into the documentation")
     return parser.parse_known_args()
 
 
@@ -172,7 +172,7 @@ def main() -> int:
     found = table(outcomes, datetime.date.today())
     print(f"\n{found}")
     if options.write:
-        README.write_text(write(README.read_text(), found))
+        PAGE.write_text(write(PAGE.read_text(), found))
     return 0 if all(outcome.passed for outcome in outcomes) else 1
 
 

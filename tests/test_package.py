@@ -351,16 +351,30 @@ def test_public_names_are_documented(name):
             assert heading in value.__doc__, heading
 
 
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [
+    pytest.param(block, id=f"{page.stem}-{i}")
+    for page in PAGES
+    for i, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+]
 
 
-@pytest.mark.parametrize("block", range(len(BLOCKS)))
-def test_readme_blocks_run(block, x32, monkeypatch, tmp_path):
+@pytest.mark.parametrize("block", BLOCKS)
+def test_blocks_of_the_documentation_run(block, x32, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    module = types.ModuleType("readme_block")  # a real module, because dataclasses look theirs up
+    module = types.ModuleType("documentation_block")  # a real module, because dataclasses look theirs up
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(BLOCKS[block], f"README.md, block {block}", "exec"), module.__dict__)
+    exec(compile(block, "a block of the documentation", "exec"), module.__dict__)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_links_of_the_documentation_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
+    assert not [link for link in links if "://" not in link and not (page.parent / link).exists()]
+
+
+def test_the_front_page_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
 def test_the_version_stands_in_the_changelog():

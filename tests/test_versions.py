@@ -62,9 +62,9 @@ def test_the_table(versions):
 
 
 def test_the_table_goes_into_the_readme(versions):
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "versions.md").read_text()
     new = versions.write(text, "| new |")
     assert "| new |" in new
     assert versions.write(new, "| again |") == versions.write(text, "| again |")
-    with pytest.raises(ValueError, match="README"):
+    with pytest.raises(ValueError, match="docs/versions.md"):
         versions.write("nothing", "| new |")
