@@ -18,7 +18,7 @@ from pytorch2jax._engines import run as run_program
 from pytorch2jax._errors import ConversionError, DeviceError, InferenceError, OptionError, RandomnessError
 from pytorch2jax._function import TorchFunction
 from pytorch2jax._inference import Inferred
-from pytorch2jax._options import Examples, Options, checked_backend, normalised_shapes, shapes_key
+from pytorch2jax._options import Backend, Examples, Options, checked_backend, normalised_shapes, shapes_key
 from pytorch2jax._params import (
     Leaf,
     arrays_of,
@@ -47,7 +47,7 @@ def convert_pytnn_to_jax(
     output_shapes: Any = None,
     out_specs: Any = None,
     batch_axes: int | Sequence[int | None] | None = None,
-    backend: str = "torch",
+    backend: Backend = "torch",
 ) -> tuple[Any, ...]:
     """Turn a torch module into a pure JAX function and its parameters.
 

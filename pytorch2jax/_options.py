@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -86,6 +86,8 @@ def checked_backend(call: str, backend: Any) -> str:
         raise OptionError(f"{call}: backend: expected 'torch' or 'xla', got {backend!r}.")
     return str(backend)
 
+
+Backend: TypeAlias = Literal["torch", "xla"]
 
 _CALLS = threading.RLock()
 

@@ -16,6 +16,7 @@ from pytorch2jax._errors import LeafTypeError, OptionError
 from pytorch2jax._function import TorchFunction
 from pytorch2jax._inference import Surroundings
 from pytorch2jax._options import (
+    Backend,
     Examples,
     Options,
     checked_options,
@@ -48,7 +49,7 @@ def torch2jax(
     vmap_method: str | None = None,
     lock: Any = False,
     widen_ints: bool = True,
-    backend: str = "torch",
+    backend: Backend = "torch",
 ) -> Callable[..., Any]:
     """Turn a torch function into a JAX function that runs it.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import subprocess
+import sys
 
 import equinox as eqx
 import flax.linen
@@ -91,6 +93,32 @@ def test_names_that_collide_in_a_signature():
 
 def test_dir_lists_the_interface_alone():
     assert set(dir(pytorch2jax)) == {*pytorch2jax.__all__, "__version__"}
+
+
+PROGRAM = """
+import jax
+import torch
+import pytorch2jax as p
+
+apply, params = p.convert_pytnn_to_jax(torch.nn.Linear(2, 3))
+p.convert_pytnn_to_jax(torch.nn.Linear(2, 3).forward, backend="xla")
+state_dict: dict[str, torch.Tensor] = p.params_to_state_dict(torch.nn.Linear(2, 3), params)
+array: jax.Array = p.t2j(torch.ones(2))
+p.torch2jax(torch.sin, backend="jaxx")
+p.convert_pytnn_to_nnx(torch.nn.Linear(2, 3), backend="jaxx")
+p.load_params(3, params)
+"""
+
+
+def test_types_of_a_users_program(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    run = subprocess.run(
+        [sys.executable, "-m", "mypy", "--follow-imports=silent", "--ignore-missing-imports", "program.py"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    found = [line.split(":")[1] for line in run.stdout.splitlines() if "error" in line and line.startswith("program")]
+    wrong = [str(i) for i, line in enumerate(PROGRAM.splitlines(), 1) if "jaxx" in line or "(3," in line]
+    assert found == wrong, run.stdout
 
 
 # -- stumbles --------------------------------------------------------------------------------------------------------

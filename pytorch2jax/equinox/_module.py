@@ -11,6 +11,7 @@ import wadler_lindig
 
 from pytorch2jax._errors import StateError
 from pytorch2jax._module import ConvertedModule
+from pytorch2jax._options import Backend
 
 
 def convert_pytnn_to_equinox(
@@ -25,7 +26,7 @@ def convert_pytnn_to_equinox(
     output_shapes: Any = None,
     out_specs: Any = None,
     batch_axes: int | Sequence[int | None] | None = None,
-    backend: str = "torch",
+    backend: Backend = "torch",
 ) -> Any:
     """Turn a torch module into an Equinox module.
 

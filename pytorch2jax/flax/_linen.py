@@ -17,6 +17,7 @@ import torch
 
 from pytorch2jax._errors import ConversionError, MissingLeafError, StateError
 from pytorch2jax._module import ConvertedModule
+from pytorch2jax._options import Backend
 from pytorch2jax._params import Leaf, Path, flatten, leaf_in, nest
 
 _PARAMS = "params"
@@ -35,7 +36,7 @@ def convert_pytnn_to_flax(
     output_shapes: Any = None,
     out_specs: Any = None,
     batch_axes: int | Sequence[int | None] | None = None,
-    backend: str = "torch",
+    backend: Backend = "torch",
 ) -> tuple[type[nn.Module], dict[str, Any]]:
     """Turn a torch module into a Flax Linen module class and its parameters.
 

@@ -13,6 +13,7 @@ from flax.nnx import reprlib
 
 from pytorch2jax._errors import ConversionError, RandomnessError
 from pytorch2jax._module import ConvertedModule
+from pytorch2jax._options import Backend
 from pytorch2jax._params import leaf_in, nest
 
 
@@ -35,7 +36,7 @@ def convert_pytnn_to_nnx(
     output_shapes: Any = None,
     out_specs: Any = None,
     batch_axes: int | Sequence[int | None] | None = None,
-    backend: str = "torch",
+    backend: Backend = "torch",
 ) -> TorchModule:
     """Turn a torch module into a Flax NNX module.
 
