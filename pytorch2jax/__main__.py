@@ -60,9 +60,9 @@ def _made(text: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
         raise _UsageError(f"check: expected module:function or file.py:function, got {text!r}.")
     try:
         factory = getattr(_module(where), name)
-    except (ImportError, FileNotFoundError, AttributeError) as error:
-        raise _UsageError(f"check: {text}: {type(error).__name__}: {error}.") from error
-    made = factory if isinstance(factory, nn.Module) else factory()
+        made = factory if isinstance(factory, nn.Module) else factory()
+    except Exception as error:  # whatever somebody else's code raises; a status of 1 would say that something differs
+        raise _UsageError(f"check: {text}: {type(error).__name__}: {error}") from error
     parts = made if isinstance(made, tuple) else (made,)
     model, args, kwargs = (*parts, *((), {})[len(parts) - 1 :]) if len(parts) <= 3 else (None, (), {})
     if not isinstance(model, nn.Module) or not isinstance(kwargs, dict):

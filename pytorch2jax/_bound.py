@@ -41,6 +41,7 @@ from pytorch2jax._inference import (
     infer,
     infer_without_running,
     is_output_leaf,
+    places_of_declared,
     run_without_graph,
 )
 from pytorch2jax._internals import is_fake, is_functorch_active, operators_on_functions
@@ -52,7 +53,7 @@ from pytorch2jax._sharding import shardable
 from pytorch2jax._torch_state import TorchState
 from pytorch2jax._tracking import WithoutVainHooks
 from pytorch2jax._transfer import j2t
-from pytorch2jax._trees import flatten_output
+from pytorch2jax._trees import flatten_output, output_paths
 
 
 class TorchCallable(Protocol):
@@ -213,8 +214,9 @@ class BoundFunction(RootProgram):
                 found = infer(self.name, call, self._tensor_specs, values, self._what.device, around)
             else:
                 found = infer_without_running(self.name, call, self._tensor_specs, self._what.device, around)
+        self._places: list[int] | None = None  # of the leaves of a declaration among the outputs
         if said is not None and found is not None:
-            check_declared(self.name, found, said)
+            self._places = check_declared(self.name, found, said)
         self.inferred = found or said  # type: ignore[assignment]
         self.is_guess = found is None
         self._tree = self.inferred.tree if said is None else said.tree
@@ -259,6 +261,10 @@ class BoundFunction(RootProgram):
         """The inputs that are copied before torch gets them."""
         return self._copied
 
+    def _with_containers(self, outputs: Sequence[Any]) -> Any:
+        """Outputs in the containers that were declared, or in those of the function."""
+        return self._tree.unflatten(outputs if self._places is None else [outputs[i] for i in self._places])
+
     def _quiet(self) -> str:
         """What else to do where the state changes, if that was not done, for messages."""
         quiet = self._callable.surroundings().quiet
@@ -296,7 +302,7 @@ class BoundFunction(RootProgram):
         declared = None
         if self._declared:
             parts = map(_part, self.out_specs, self.factors.outputs, [counts] * len(self.out_specs))
-            declared = self._tree.unflatten([jax.ShapeDtypeStruct(s.shape, s.dtype) for s in parts])
+            declared = self._with_containers([jax.ShapeDtypeStruct(s.shape, s.dtype) for s in parts])
         program.infer([jax.ShapeDtypeStruct(s.shape, s.dtype) for s in program.in_specs], declared)
         return program
 
@@ -507,6 +513,9 @@ class BoundFunction(RootProgram):
         else:
             leaves, tree = flatten_output(out, is_output_leaf)
             self._check_structure(tree, len(leaves))
+            if self.is_guess and tree != inferred.tree:
+                places = places_of_declared(output_paths(inferred.tree), output_paths(tree))
+                leaves = [leaves[i] for i in places]
         if after:
             self._check_unchanged(inputs, after)
         leaves += [after[i] for i in inferred.changed]
@@ -589,7 +598,7 @@ class BoundFunction(RootProgram):
         n_changed = len(self.inferred.changed)
         n_out = len(outputs) - n_changed
         changed = dict(zip(self.inferred.changed, outputs[n_out:], strict=True))
-        return self._tree.unflatten(outputs[:n_out]), changed
+        return self._with_containers(outputs[:n_out]), changed
 
 
 def _deep_copy(of: weakref.ref[torch.Tensor], memo: dict[int, Any]) -> torch.Tensor:

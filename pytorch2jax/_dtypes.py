@@ -61,7 +61,7 @@ def dtype_t2j(dtype: Any) -> np.dtype[Any]:
     try:
         return _TORCH_TO_JAX[dtype]
     except (KeyError, TypeError):
-        if not isinstance(dtype, torch.dtype) and _is_jax_dtype(dtype):
+        if not isinstance(dtype, (torch.dtype, str)) and _is_jax_dtype(dtype):
             return jnp.dtype(dtype)
         raise DtypeError(
             f"dtype_t2j: expected a torch dtype that JAX has too, got {dtype!r}. "

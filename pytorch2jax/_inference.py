@@ -238,11 +238,13 @@ def infer_without_running(
         try:
             inferred, asks_for_types = _infer_fake(name, call, inputs, device, around, trackers)
             around.put_back()
-            forgotten = _forget_survivors(name, trackers, refuses=True)
+            forgotten = _forget_survivors(name, trackers, refuses=False)
+            if forgotten:
+                forgotten.close_gaps()
             return None if forgotten or asks_for_types else inferred
         except Exception:
             around.put_back()
-            forget([tensor for tracker in trackers for tensor in tracker.survivors()])
+            forget([tensor for tracker in trackers for tensor in tracker.survivors()]).close_gaps()
             return None
 
 
@@ -559,8 +561,18 @@ def declared(name: str, shapes: Any, inputs: Sequence[TensorSpec], state: Sequen
     )
 
 
-def check_declared(name: str, inferred: Inferred, declared: Inferred) -> None:
+def places_of_declared(declared: Sequence[str], found: Sequence[str]) -> list[int]:
+    """Where the leaves of a declaration are among those that a function returned: by address, else in order."""
+    if set(declared) == set(found):
+        return [found.index(path) for path in declared]
+    return list(range(len(found)))
+
+
+def check_declared(name: str, inferred: Inferred, declared: Inferred) -> list[int]:
     """Compare what a function returns with what its user declared, leaf by leaf, in whatever containers.
+
+    Returns:
+        Where each leaf of the declaration is among the outputs.
 
     Raises:
         OutputMismatchError: they differ.
@@ -573,9 +585,12 @@ def check_declared(name: str, inferred: Inferred, declared: Inferred) -> None:
             f"{inferred.tree.describe()} ({len(got)} tensors), got {declared.tree.describe()} ({len(expected)}). The "
             "containers may differ, the number of tensors may not."
         )
-    for leaf, spec, found in zip(declared.outputs, expected, got, strict=False):
+    places = places_of_declared(output_paths(declared.tree), output_paths(inferred.tree))
+    for leaf, spec, place in zip(declared.outputs, expected, places, strict=False):
+        found = got[place]
         if (tuple(spec.shape), spec.dtype) != (tuple(found.shape), found.dtype):
             raise OutputMismatchError(
                 f"{name}: {leaf.path}: expected {spec.dtype}{list(spec.shape)}, as declared with `output_shapes`, got "
                 f"{found.dtype}{list(found.shape)}. Declare that, or leave `output_shapes` out."
             )
+    return places

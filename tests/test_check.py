@@ -118,12 +118,10 @@ def test_a_transformer_with_dropout_and_tied_weights():
     model = transformers.BertForMaskedLM(config)
     model.bert.embeddings.word_embeddings.weight.requires_grad_(False)
     report = check(model, input_ids=torch.arange(6).reshape(2, 3), timing=False)
-    # Torch has no second derivatives of the fused attention that it takes here.
-    assert agree(report, "torch", "export", "train mode", "second order")
-    assert agree(report, "xla", "train mode", "second order")
-    assert report.works["xla"]["second order"].status == "ran"
-    assert report.works["torch"]["train mode"].status == "ran"
-    assert "random numbers" in report.works["torch"]["train mode"].reason
+    assert agree(report, "torch", "export")  # masks included, and the second order of fused attention
+    assert agree(report, "xla", "train mode")
+    assert report.works["xla"]["train mode"].status == "ran"
+    assert "random numbers" in report.works["xla"]["train mode"].reason
     assert any("bert.embeddings.word_embeddings.weight" in names for names in report.found.tied)
     assert any("word_embeddings" in name for name in report.found.frozen)
     assert any("draws random numbers in train mode" in note for note in report.found.notes)
@@ -183,9 +181,46 @@ def test_an_interrupt_leaves_what_was_found(monkeypatch, capsys):
     assert "interrupted" in capsys.readouterr().out
 
 
+class Scaled(nn.Module):
+    """Small values, and no parameters."""
+
+    def forward(self, x):
+        return {"second": 1e-6 * x.sin(), "first": 1e-9 * x}  # keys that JAX sorts
+
+
+def test_small_values_outputs_by_name_and_derivatives_of_arguments(monkeypatch):
+    report = check(Scaled(), torch.randn(2, 3), timing=False)
+    assert agree(report, "torch", "export")
+    assert agree(report, "xla")
+    row = _check._ROWS["grad"]
+    monkeypatch.setitem(_check._ROWS, "grad", lambda engine: ([2 * g for g in row(engine)[0]], row(engine)[1]))
+    cell = check(Scaled(), torch.randn(2, 3), timing=False).works["xla"]["grad"]
+    assert (cell.status, round(cell.error, 3)) == ("differs", 1.0)
+
+
+def test_frozen_models_have_derivatives_of_their_arguments():
+    model = nn.Linear(3, 2).requires_grad_(False)
+    assert agree(check(model, torch.randn(4, 3), timing=False), "torch", "export")
+    report = check(nn.Embedding(3, 2).requires_grad_(False), torch.tensor([0, 2]), timing=False)
+    assert report.works["torch"]["grad"].status == "not applicable"
+
+
+def test_rows_of_padding_in_which_the_two_modes_of_torch_differ():
+    report = check(nn.Embedding(5, 2, padding_idx=0), torch.tensor([[0, 2], [3, 4]]), timing=False)
+    assert agree(report, "torch", "export")
+    assert agree(report, "xla")
+
+
+def test_masks_of_the_first_engine_are_those_of_torch():
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    report = check(model, torch.randn(2, 5, 8), timing=False)
+    assert agree(report, "torch", "export")  # second order of fused attention included
+    assert agree(report, "xla", "train mode")
+
+
 def test_json_and_markdown():
     report = check(nn.Linear(2, 3), torch.ones(2, 2))
-    assert Report.from_json(report.to_json()) == report
+    assert Report.from_dict(json.loads(report.to_json())) == report
     markdown = report.to_markdown()
     assert "| grad | " in markdown
     assert "| forward | torch |" in markdown
@@ -201,6 +236,7 @@ def model(): return nn.Linear(2, 3), (torch.ones(2, 2),)
 def with_keywords(): return nn.Linear(2, 3), (), {"input": torch.ones(2, 2)}
 def one(): return nn.Linear(2, 3), torch.ones(2, 2)
 def number(): return 3
+def fails(): raise ValueError("no weights")
 def no_arguments(): return nn.Linear(2, 3)
 """
 
@@ -233,6 +269,7 @@ def test_the_command_writes(factories, capsys):
         ("nowhere:model", "No module named"),
         ("nowhere.py:model", "FileNotFoundError"),
         ("factories:nothing", "has no attribute 'nothing'"),
+        ("factories:fails", "ValueError: no weights"),
         ("factories:number", "expected a function that returns a torch module"),
         ("factories:no_arguments", "expected arguments on which the module runs"),
     ],

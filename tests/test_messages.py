@@ -110,6 +110,7 @@ p.load_params(3, params)
 """
 
 
+@pytest.mark.exhaustive  # mypy reads torch and JAX for it
 def test_types_of_a_users_program(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     run = subprocess.run(

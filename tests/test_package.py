@@ -181,7 +181,7 @@ ORDER = [
     "_wrap",
     "compat",
 ]
-ADAPTERS = {name: {"_errors", "_jax_module", "_module", "_params"} for name in ("flax", "equinox")}
+ADAPTERS = {name: {"_errors", "_jax_module", "_module", "_options", "_params"} for name in ("flax", "equinox")}
 
 
 def imported(path):
@@ -197,7 +197,7 @@ def ours(path):
 
 
 def test_every_module_has_its_place():
-    assert {p.stem for p in PACKAGE.glob("*.py")} == {*ORDER, "__init__"}
+    assert {p.stem for p in PACKAGE.glob("*.py")} == {*ORDER, "__init__", "__main__"}
 
 
 @pytest.mark.parametrize("name", ORDER)
@@ -213,7 +213,7 @@ def test_adapters_know_the_modules_and_their_own_framework(adapter):
 
 
 def test_the_engine_that_translates_knows_nobody_who_calls_it():
-    above = {"_module", "_reverse", "_jax_module", "_jax_call", "_jax_program", "compat"}
+    above = {"_module", "_options", "_reverse", "_jax_module", "_jax_call", "_jax_program", "compat"}
     for path in (PACKAGE / "xla").rglob("*.py"):
         assert not {m for m in ours(path) if m in above or m.split(".")[0] in ADAPTERS}, path
 

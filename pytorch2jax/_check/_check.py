@@ -9,7 +9,7 @@ import re
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ from pytorch2jax._check._show import progress, show
 from pytorch2jax._check._subject import Subject, copied, jax_loss, largest_difference
 from pytorch2jax._errors import BridgedWarning, ConversionError, LoopWarning, Pytorch2JaxError
 from pytorch2jax._params import Leaf, flat_name, layout_of
+from pytorch2jax._rng import seeded
 from pytorch2jax._transfer import t2j
 
 _ENGINES = ("torch", "xla")
@@ -40,7 +41,8 @@ def check(model: nn.Module, *args: Any, timing: bool = True, **kwargs: Any) -> R
     Both engines are tried, eagerly and under `jax.jit`, with first and second derivatives, batches, gradients for each
     example, in train mode and exported, and compared with what torch itself gives. A tolerance of 1e-4 of the
     largest value counts as agreement in single precision, 1e-9 in double. Derivatives are those of one number, a
-    weighted sum of the floating outputs and the means of their squares, for the trainable parameters.
+    weighted sum of the floating outputs and the means of their squares, for the trainable parameters and the floating
+    arguments.
 
     Args:
         model: any `torch.nn.Module`. It is not changed.
@@ -146,35 +148,34 @@ def _attributes(model: nn.Module) -> dict[str, str]:
 
 
 class _Engine:
-    """The model with one engine, as functions of its trainable parameters and of its arguments."""
+    """The model with one engine, as functions of its variables (see `Subject.variables`) and of its arguments."""
 
     def __init__(self, subject: Subject, backend: str) -> None:
         self.subject, self.backend = subject, backend
         self.module = subject.converted(backend)
         self.params, self.state = self.module.initial()
-        trains = [leaf.trainable for leaf in self.module.layout.params]
         self._own = [t2j(p.detach(), copy=True) for p in subject.parameters]
-        self._trains = trains
+        self._trains = [leaf.trainable for leaf in self.module.layout.params]
         self.key = jax.random.key(0)
 
-    def outputs(self, trained: list[Any], *arrays: Any) -> list[Any]:
+    def variables(self, arrays: Sequence[Any]) -> list[Any]:
+        """The trainable parameters, and the floating ones among the arguments."""
+        return self.subject.variables(arrays, self._own)
+
+    def outputs(self, variables: list[Any], *arrays: Any) -> list[Any]:
         """The flat outputs in eval mode."""
-        values = iter(trained)
+        trained, floating = iter(variables[: len(self._own)]), variables[len(self._own) :]
         leaves = self.module.layout.params
         old = {leaf.path: _at(self.params, leaf) for leaf in leaves}
-        tree = _nest(leaves, [next(values) if t else old[x.path] for x, t in zip(leaves, self._trains, strict=True)])
-        args, kwargs = self.subject.fill(arrays)
+        tree = _nest(leaves, [next(trained) if t else old[x.path] for x, t in zip(leaves, self._trains, strict=True)])
+        varied = dict(zip(self.subject.floating, floating, strict=True))
+        args, kwargs = self.subject.fill([varied.get(i, array) for i, array in enumerate(arrays)])
         out, _ = self.module.apply(tree, self.state, args, kwargs, rng=lambda: self.key, train=False)
         return [leaf for leaf in jax.tree.leaves(out) if hasattr(leaf, "dtype")]
 
-    @property
-    def trained(self) -> list[Any]:
-        """The trainable parameters."""
-        return self._own
-
-    def loss(self, trained: list[Any], *arrays: Any) -> Any:
+    def loss(self, variables: list[Any], *arrays: Any) -> Any:
         """The number of which derivatives are taken."""
-        return jax_loss(self.outputs(trained, *arrays))
+        return jax_loss(self.outputs(variables, *arrays))
 
 
 def _at(tree: Any, leaf: Leaf) -> Any:
@@ -195,27 +196,31 @@ _Compared = tuple[list[Any], list[torch.Tensor]]
 
 
 def _eager(engine: _Engine) -> _Compared:
-    return engine.outputs(engine.trained, *engine.subject.arrays()), engine.subject.outputs
+    arrays = engine.subject.arrays()
+    return engine.outputs(engine.variables(arrays), *arrays), engine.subject.outputs
 
 
 def _jit(engine: _Engine) -> _Compared:
-    return jax.jit(engine.outputs)(engine.trained, *engine.subject.arrays()), engine.subject.outputs
+    arrays = engine.subject.arrays()
+    return jax.jit(engine.outputs)(engine.variables(arrays), *arrays), engine.subject.outputs
 
 
 def _grad(engine: _Engine) -> _Compared:
-    found = jax.jit(jax.grad(engine.loss))(engine.trained, *engine.subject.arrays())
+    arrays = engine.subject.arrays()
+    found = jax.jit(jax.grad(engine.loss))(engine.variables(arrays), *arrays)
     return found, engine.subject.gradients(engine.subject.tensors)
 
 
 def _jvp(engine: _Engine) -> _Compared:
     subject, arrays = engine.subject, engine.subject.arrays()
-    tangents = [t2j(d, copy=True) for d in subject.directions()]
-    found = jax.jit(lambda p, t: jax.jvp(lambda p: engine.loss(p, *arrays), (p,), (t,))[1])(engine.trained, tangents)
-    gradients = subject.gradients(subject.tensors)
-    slope = sum(((g * d).double().sum() for g, d in zip(gradients, subject.directions(), strict=True)), torch.zeros(()))
-    norms = [float(g.double().norm() * d.double().norm()) for g, d in zip(gradients, subject.directions(), strict=True)]
-    scale = max(1.0, *norms)
-    return [found / scale], [slope / scale]
+    tangents = [t2j(d, copy=True) for d in subject.directions]
+    slope_along = jax.jit(lambda p, t: jax.jvp(lambda p: engine.loss(p, *arrays), (p,), (t,))[1])
+    found = slope_along(engine.variables(arrays), tangents)
+    gradients = [g.double() for g in subject.gradients(subject.tensors)]
+    slope = sum(((g * d).sum() for g, d in zip(gradients, subject.directions, strict=True)), torch.zeros(()))
+    # The sum may cancel: it is compared beside what such a sum is as a rule.
+    norm = torch.stack([g.norm() for g in gradients]).norm()
+    return [jax.numpy.stack([found, float(norm)])], [torch.stack([slope.double(), norm])]
 
 
 def _second(engine: _Engine) -> _Compared:
@@ -226,9 +231,9 @@ def _second(engine: _Engine) -> _Compared:
         raise _NothingToCompareError(
             f"torch itself has no second derivatives here: {_first_sentence(error)}"
         ) from error
-    tangents = [t2j(d, copy=True) for d in subject.directions()]
+    tangents = [t2j(d, copy=True) for d in subject.directions]
     product = jax.jit(lambda p, t: jax.jvp(jax.grad(lambda p: engine.loss(p, *arrays)), (p,), (t,))[1])
-    return product(engine.trained, tangents), expected
+    return product(engine.variables(arrays), tangents), expected
 
 
 def _batch(engine: _Engine) -> list[Any]:
@@ -247,13 +252,13 @@ def _examples(engine: _Engine) -> list[list[torch.Tensor]]:
 
 def _vmap(engine: _Engine) -> _Compared:
     rows = [engine.subject.run(example) for example in _examples(engine)]
-    found = jax.jit(jax.vmap(lambda *arrays: engine.outputs(engine.trained, *arrays)))(*_batch(engine))
+    found = jax.jit(jax.vmap(lambda *arrays: engine.outputs(engine.variables(arrays), *arrays)))(*_batch(engine))
     return found, [torch.stack(column) for column in zip(*rows, strict=True)]
 
 
 def _per_example(engine: _Engine) -> _Compared:
     rows = [engine.subject.gradients(example) for example in _examples(engine)]
-    gradients = jax.vmap(lambda *arrays: jax.grad(engine.loss)(engine.trained, *arrays))
+    gradients = jax.vmap(lambda *arrays: jax.grad(engine.loss)(engine.variables(arrays), *arrays))
     return jax.jit(gradients)(*_batch(engine)), [torch.stack(column) for column in zip(*rows, strict=True)]
 
 
@@ -266,13 +271,13 @@ def _train(engine: _Engine) -> _Compared:
 
     out, state = jax.jit(call)(engine.params, engine.state, engine.key)
     leaves = [leaf for leaf in jax.tree.leaves(out) if hasattr(leaf, "dtype")]
-    if module.inferred(args, kwargs, train=True).random:
-        again = jax.jit(call)(engine.params, engine.state, engine.key)[0]
-        if largest_difference(leaves, [torch.tensor(jax.device_get(x)) for x in jax.tree.leaves(again)]) > 0:
+    if engine.backend != "torch" and module.inferred(args, kwargs, train=True).random:
+        again = jax.tree.leaves(jax.jit(call)(engine.params, engine.state, engine.key)[0])
+        if largest_difference(leaves, [torch.tensor(jax.device_get(x)) for x in again]) > 0:
             raise _NothingToCompareError("two calls with one key differ")
         raise _NothingToCompareError("random numbers are drawn from JAX's key, and are others than torch's")
     model = copied(subject.model).train()
-    with torch.no_grad():
+    with torch.no_grad(), seeded(torch.tensor(jax.random.key_data(engine.key).tolist()), host=True):
         expected = subject.flat(model, [t.clone() for t in subject.tensors])
     buffers = dict(model.named_buffers())
     layout = module.layout.state
@@ -284,9 +289,9 @@ def _export(engine: _Engine) -> _Compared:
     arrays = engine.subject.arrays()
     if engine.backend == "torch":
         raise _NotApplicableError('a program that calls torch cannot be saved; `backend="xla"` makes one that can')
-    exported = jax.export.export(jax.jit(engine.outputs))(engine.trained, *arrays)
+    exported = jax.export.export(jax.jit(engine.outputs))(engine.variables(arrays), *arrays)
     again = jax.export.deserialize(exported.serialize())
-    return again.call(engine.trained, *arrays), engine.subject.outputs
+    return again.call(engine.variables(arrays), *arrays), engine.subject.outputs
 
 
 _ROWS: dict[str, Callable[[_Engine], _Compared]] = {
@@ -340,8 +345,8 @@ def _cell(engine: _Engine, name: str, *, draws: bool) -> Cell:
     row, derives = _ROWS[name], name in _DERIVATIVES
     tolerance = engine.subject.tolerance() * (10 if derives else 1)
     try:
-        if derives and not engine.trained:
-            raise _NotApplicableError("it has no trainable parameters")
+        if derives and not (engine.subject.parameters or engine.subject.floating):
+            raise _NotApplicableError("it has no trainable parameters, and no floating arguments")
         found, expected = row(engine)
     except _NotApplicableError as error:
         return Cell(report_of.NOT_APPLICABLE, reason=str(error))
@@ -386,7 +391,7 @@ def _measure(report: Report, subject: Subject, step: Callable[[str], None]) -> N
     arrays = subject.arrays()
     for what in ("forward", "value and gradient"):
         derives = what != "forward"
-        if derives and not subject.parameters:
+        if derives and not (subject.parameters or subject.floating):
             continue
         runs: dict[str, Callable[[], Any]] = {"": functools.partial(_torch_run, subject, derives=derives)}
         first: dict[str, float] = {}
@@ -397,7 +402,7 @@ def _measure(report: Report, subject: Subject, step: Callable[[str], None]) -> N
             step(f"{name}: time of {what}")
             engine = _Engine(subject, name)
             jitted = jax.jit(jax.value_and_grad(engine.loss) if derives else engine.outputs)
-            runs[name] = functools.partial(_jax_run, jitted, engine.trained, arrays)
+            runs[name] = functools.partial(_jax_run, jitted, engine.variables(arrays), arrays)
             with _noted(report):
                 first[name] = _seconds(runs[name])
         step(f"time of {what}")
@@ -419,8 +424,8 @@ def _torch_run(subject: Subject, *, derives: bool) -> Any:
         return subject.flat(subject.model, subject.tensors)
 
 
-def _jax_run(jitted: Any, trained: list[Any], arrays: list[Any]) -> Any:
-    return jax.block_until_ready(jitted(trained, *arrays))
+def _jax_run(jitted: Any, variables: list[Any], arrays: list[Any]) -> Any:
+    return jax.block_until_ready(jitted(variables, *arrays))
 
 
 def _rounds(runs: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -113,12 +114,17 @@ class Report:
 
     def to_json(self) -> str:
         """The report as JSON, with the names of the attributes."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
+        data = dataclasses.asdict(self)
+        for cells in data["works"].values():
+            for cell in cells.values():
+                if cell["error"] is not None and not math.isfinite(cell["error"]):
+                    cell["error"] = str(cell["error"])  # JSON has no NaN
+        return json.dumps(data, indent=2, allow_nan=False)
 
     @classmethod
-    def from_json(cls, text: str) -> Report:
-        """The report that `to_json` wrote."""
-        data: dict[str, Any] = json.loads(text)
+    def from_dict(cls, data: dict[str, Any]) -> Report:
+        """The report from what `to_json` wrote, after it has been parsed."""
+        data = dict(data)
         data["found"] = Found(**data["found"])
         data["works"] = {e: {k: Cell(**c) for k, c in cells.items()} for e, cells in data["works"].items()}
         data["costs"] = {e: [Cost(**c) for c in costs] for e, costs in data["costs"].items()}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pytorch2jax._containers import flatten_arguments
 from pytorch2jax._errors import OptionError
@@ -48,6 +51,7 @@ class Subject:
                 f"{type(error).__name__}: {error}"
             ) from error
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.floating = [i for i, t in enumerate(self.tensors) if t.is_floating_point()]
 
     def converted(self, backend: str) -> ConvertedModule:
         """The module as a function for JAX."""
@@ -69,8 +73,13 @@ class Subject:
     def flat(self, model: nn.Module, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The tensors in what a module returns."""
         args, kwargs = self.fill(tensors)
-        leaves, self.tree = flatten_output(model(*args, **kwargs), lambda x: isinstance(x, torch.Tensor))
-        return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        leaves, self._tree = flatten_output(model(*args, **kwargs), lambda x: isinstance(x, torch.Tensor))
+        return self._in_order(leaves)
+
+    def _in_order(self, leaves: Sequence[Any]) -> list[Any]:
+        """The leaves of an output in the order in which JAX has them, which sorts the keys of dicts."""
+        places = jax.tree.leaves(self._tree.unflatten([np.int64(i) for i in range(len(leaves))]))
+        return [leaves[int(i)] for i in places if isinstance(i, np.int64)]
 
     def arrays(self, tensors: Sequence[torch.Tensor] | None = None) -> list[jax.Array]:
         """The arguments as arrays."""
@@ -89,7 +98,7 @@ class Subject:
 
     def output_paths(self) -> list[str]:
         """The addresses of the outputs."""
-        return output_paths(self.tree)
+        return self._in_order(output_paths(self._tree))
 
     def tolerance(self) -> float:
         """How far values may be from torch's, relative to the largest one."""
@@ -108,32 +117,46 @@ class Subject:
         squares = [(o.double() ** 2).mean() for o in outputs if _inexact(o)]
         return sum((p / max(1, len(parts)) for p in parts), torch.zeros(())) + sum(squares, torch.zeros(()))
 
+    def variables(self, tensors: Sequence[Any], parameters: Sequence[Any]) -> list[Any]:
+        """What derivatives are taken with respect to: the parameters, and the floating ones among the arguments."""
+        return [*parameters, *(tensors[i] for i in self.floating)]
+
     def gradients(self, tensors: Sequence[torch.Tensor], *, second: bool = False) -> list[torch.Tensor]:
-        """Torch's gradients of the loss for the parameters, or the product of its Hessian with `directions`."""
-        loss = self.loss(self.flat(self.model, [t.clone() for t in tensors]))
-        if not loss.requires_grad:
-            return [torch.zeros_like(p) for p in self.parameters]
-        found = torch.autograd.grad(loss, self.parameters, create_graph=second, materialize_grads=True)
-        if not second:
-            return list(found)
-        slope = sum(((g * d).sum() for g, d in zip(found, self.directions(), strict=True)), torch.zeros(()))
-        if not slope.requires_grad:
-            return [torch.zeros_like(p) for p in self.parameters]
-        return list(torch.autograd.grad(slope, self.parameters, materialize_grads=True))
+        """Torch's gradients of the loss for all variables, or the product of its Hessian with `directions`."""
+        directions = self.directions if second else []
+        live = [t.clone().requires_grad_(i in self.floating) for i, t in enumerate(tensors)]
+        variables = self.variables(live, self.parameters)
+        with _differentiable_kernels() if second else contextlib.nullcontext():
+            # Clones, because a function may not write to what requires a gradient.
+            loss = self.loss(self.flat(self.model, [t.clone() for t in live]))
+            if not loss.requires_grad:
+                return [torch.zeros_like(v) for v in variables]
+            found = torch.autograd.grad(loss, variables, create_graph=second, materialize_grads=True)
+            if not second:
+                return list(found)
+            slope = sum(((g * d).sum() for g, d in zip(found, directions, strict=True)), torch.zeros(()))
+            if not slope.requires_grad:
+                return [torch.zeros_like(v) for v in variables]
+            return list(torch.autograd.grad(slope, variables, materialize_grads=True))
 
+    @functools.cached_property
     def directions(self) -> list[torch.Tensor]:
-        """A direction in the space of the parameters.
+        """A direction in the space of the variables; zero where torch's gradient is.
 
-        Rows of an embedding at its `padding_idx` stay: torch's gradients leave them out, and its tangents do not.
+        There torch's two modes may say different things: reverse mode leaves out the row of an embedding's
+        `padding_idx`, forward mode does not.
         """
-        found = []
-        for parameter in self.parameters:
-            direction = torch.sin(torch.arange(parameter.numel(), dtype=torch.float64)).reshape(parameter.shape)
-            for module in self.model.modules():
-                if isinstance(module, nn.Embedding) and module.weight is parameter and module.padding_idx is not None:
-                    direction[module.padding_idx] = 0
-            found.append(direction.to(parameter.dtype))
-        return found
+        return [
+            torch.where(g == 0, 0, torch.sin(torch.arange(g.numel(), dtype=torch.float64)).reshape(g.shape).to(g.dtype))
+            for g in self.gradients(self.tensors)
+        ]
+
+
+@contextlib.contextmanager
+def _differentiable_kernels() -> Iterator[None]:
+    """Has torch use kernels of attention and recurrent layers that it can differentiate twice."""
+    with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
+        yield
 
 
 def jax_loss(outputs: Sequence[jax.Array]) -> jax.Array:
@@ -147,22 +170,28 @@ def jax_loss(outputs: Sequence[jax.Array]) -> jax.Array:
     return sum((p / max(1, len(parts)) for p in parts), zero) + sum(((o**2).mean() for o in inexact), zero)
 
 
+_SMALL_LEAF = 1e-3  # of the largest value of all: what is smaller than that is compared by that
+
+
 def largest_difference(found: Sequence[Any], expected: Sequence[torch.Tensor]) -> float:
-    """Between all arrays and tensors, relative to the largest value; NaN where the shapes differ."""
+    """Between arrays and tensors, relative to the largest value of each; NaN where the shapes differ."""
     if len(found) != len(expected):
         return float("nan")
-    scale, errors = 1.0, [0.0]
+    errors: list[float] = []
+    scales: list[float] = []
     for array, tensor in zip(found, expected, strict=True):
         wide = tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64).numpy()
         values = np.asarray(array).astype(wide.dtype)
         if values.shape != wide.shape:
             return float("nan")
         if wide.size:
-            finite = np.where(np.isfinite(wide), np.abs(wide), 0)
-            scale = max(scale, float(finite.max()))
+            scales.append(float(np.where(np.isfinite(wide), np.abs(wide), 0).max()))
             same = (values == wide) | (np.isnan(values) & np.isnan(wide))
             errors.append(float(np.where(same, 0, np.abs(values - wide)).max()))
-    return float(np.max(errors)) / scale  # which is NaN if one of them is
+    # Where all values are zero but for rounding, there is nothing that an error could be relative to.
+    floor = max(_SMALL_LEAF * max(scales, default=0.0), float(np.finfo(np.float32).tiny))
+    relative = [error / max(scale, floor) for error, scale in zip(errors, scales, strict=True)]
+    return float(np.max(relative, initial=0.0))  # which is NaN if one of them is
 
 
 def copied(model: nn.Module) -> nn.Module:
