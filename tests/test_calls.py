@@ -220,7 +220,8 @@ def test_a_result_that_torch_keeps_is_copied(fn):
     out = f(LARGE)
     expected = np.array(out)
     for tensor in KEPT:
-        tensor.zero_()
+        if tensor is not None:  # the place of one of a trial run
+            tensor.zero_()
     KEPT.clear()
     np.testing.assert_array_equal(out, expected)
 
