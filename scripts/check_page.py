@@ -108,7 +108,7 @@ def main() -> None:
             check(model, *args)
         parts.append(f"## {title}\n\n```\n{printed.getvalue()}```\n")
         print(title)
-    PAGE.write_text("\n".join(parts))
+    PAGE.write_text("\n".join(parts).replace(f"{PAGE.parent.parent}/", ""))  # paths as in the repository
 
 
 if __name__ == "__main__":
