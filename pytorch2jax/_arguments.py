@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -65,6 +66,14 @@ def take_apart(call: str, args: Any, kwargs: Any) -> Arguments:
         arrays.append(array)
         leaves[index] = None
     return _arguments(treedef, leaves, positions, arrays)
+
+
+def parameters_of(fn: Callable[..., Any]) -> tuple[inspect.Parameter, ...] | None:
+    """A function's parameters, or None where nobody knows them: of torch's built-in functions, and of TorchScript."""
+    try:
+        return tuple(inspect.signature(fn).parameters.values())
+    except (TypeError, ValueError):
+        return None
 
 
 @functools.lru_cache(maxsize=256)

@@ -563,9 +563,8 @@ def declared(name: str, shapes: Any, inputs: Sequence[TensorSpec], state: Sequen
 
 def places_of_declared(declared: Sequence[str], found: Sequence[str]) -> list[int]:
     """Where the leaves of a declaration are among those that a function returned: by address, else in order."""
-    if set(declared) == set(found):
-        return [found.index(path) for path in declared]
-    return list(range(len(found)))
+    places = {path: place for place, path in enumerate(found)}
+    return [places[path] for path in declared] if places.keys() == set(declared) else list(range(len(found)))
 
 
 def check_declared(name: str, inferred: Inferred, declared: Inferred) -> list[int]:

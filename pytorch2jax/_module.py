@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pytorch2jax._arguments import take_apart
+from pytorch2jax._arguments import parameters_of, take_apart
 from pytorch2jax._bound import BoundFunction
 from pytorch2jax._engines import run as run_program
 from pytorch2jax._errors import ConversionError, DeviceError, InferenceError, OptionError, RandomnessError
@@ -31,7 +31,7 @@ from pytorch2jax._params import (
     own_tensors,
 )
 from pytorch2jax._rng import seed_from_key
-from pytorch2jax._sharding import run_on_shards, splitting
+from pytorch2jax._sharding import run_on_shards, splitting, whole_shapes
 from pytorch2jax._skeleton import Skeleton, hooks_of
 
 
@@ -166,21 +166,22 @@ class ConvertedModule:
         model = _checked(_unwrapped(model), backend)
         run = _method_of(model, method)
         self.name = type(model).__name__ if method is None else f"{type(model).__name__}.{method}"
-        _check_keywords(self.name, run, keywords, prefix)
-        self._parameters = _parameters_of(run)
+        self._parameters = parameters_of(run)
+        _check_keywords(f"{type(model).__name__}.{method or 'forward'}", self._parameters or (), keywords, prefix)
         self._accepted = None if self._parameters is None else frozenset(p.name for p in self._parameters)
         own_doc = run.__doc__ if method is not None else type(model).__doc__
         self._doc = inspect.cleandoc(own_doc or "")
         self._keywords = {f"{prefix}{name}": (name, default) for name, default in keywords.items()}
         tables = (model._modules.items(), model._parameters.items(), model._buffers.items())
-        self._names = frozenset(name for table in tables for name, _ in table) - _ADAPTERS_OWN
+        # Of the torch module's own submodules, parameters and buffers, save those that an adapter has, too.
+        self.names = frozenset(name for table in tables for name, _ in table) - _ADAPTERS_OWN
         self.layout = layout_of(model)
         self._params: list[jax.Array] | None = arrays_of(model, self.layout.params, copy=copy)
         self._state: list[jax.Array] | None = arrays_of(model, self.layout.state, copy=True)
         self._params_order = _Order("params", self.layout.params)
         self._state_order = _Order("state", self.layout.state)
-        own_names = {plain: given for given, (plain, _) in self._keywords.items()}
-        eval_mode = f"{own_names['train']}=False" if "train" in own_names else f"{own_names['inference']}=True"
+        self._given = {plain: given for given, (plain, _) in self._keywords.items()}
+        eval_mode = f"{self._given['train']}=False" if "train" in self._given else f"{self._given['inference']}=True"
         call = Skeleton(model, (*self.layout.params, *self.layout.state), method, eval_mode)
         own = own_tensors("params", self.layout.params, self._params)
         own += own_tensors("state", self.layout.state, self._state)
@@ -213,11 +214,6 @@ class ConvertedModule:
             "module and compiled programs. Save its parameters (orbax, safetensors), and convert the model again."
         )
 
-    @property
-    def names(self) -> frozenset[str]:
-        """The names of the torch module's own submodules, parameters and buffers, save those that an adapter has."""
-        return self._names
-
     def initial(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Parameters and state as they were at conversion."""
         assert self._params is not None
@@ -242,9 +238,8 @@ class ConvertedModule:
         """Raise for keywords of other frameworks that would do nothing in `forward`."""
         for name in kwargs:
             if name in _OTHERS and self._accepted is not None and name not in self._accepted:
-                own = {plain: given for given, (plain, _) in self._keywords.items()}
-                meant = _meant(name, kwargs[name], own)
-                takes = ", ".join(own.values())
+                meant = _meant(name, kwargs[name], self._given)
+                takes = ", ".join(self._keywords)
                 raise OptionError(
                     f"{self.name}: `{name}`: expected a keyword that `forward` names, or one of the converted module's "
                     f"own ({takes}), got one of another framework, which would do nothing.{meant}"
@@ -313,7 +308,7 @@ class ConvertedModule:
         args: Any,
         kwargs: Any,
         train: bool | None,
-        local: Callable[[Any], Any] = lambda shapes: shapes,
+        local: Callable[[Any], Any] = whole_shapes,
     ) -> tuple[list[Any], BoundFunction]:
         """The program for a call, and its inputs: parameters, state if it is given, and arguments."""
         own = self._params_order.values(self.name, params)
@@ -384,7 +379,7 @@ class ConvertedModule:
         rng: Any,
         train: bool | None,
         rng_argument: str,
-        local: Callable[[Any], Any] = lambda shapes: shapes,
+        local: Callable[[Any], Any] = whole_shapes,
     ) -> tuple[Any, Any]:
         inputs, program = self._bind(params, state, args, kwargs, train, local)
         values = list(inputs)
@@ -410,7 +405,7 @@ class ConvertedModule:
             return None
         if isinstance(train, (int, np.bool_)):
             return bool(train)
-        given = next((given for given, (name, _) in self._keywords.items() if name == "train"), "train")
+        given = self._given.get("train", "train")
         raise OptionError(
             f"{self.name}: `{given}` has to be a Python bool (or None, for the mode of each submodule), got "
             f"{type(train).__name__}. Under `jax.jit` it is a static argument: "
@@ -558,14 +553,6 @@ def _method_of(model: nn.Module, method: str | None) -> Callable[..., Any]:
     return run
 
 
-def _parameters_of(run: Callable[..., Any]) -> tuple[inspect.Parameter, ...] | None:
-    """A function's arguments, or None where nobody knows them."""
-    try:
-        return tuple(inspect.signature(run).parameters.values())
-    except (TypeError, ValueError):  # TorchScript
-        return None
-
-
 def _in_words(n: int) -> str:
     """A large number, to three digits: `109M`."""
     for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
@@ -574,13 +561,13 @@ def _in_words(n: int) -> str:
     return str(n)
 
 
-def _check_keywords(name: str, run: Callable[..., Any], keywords: Iterable[str], prefix: str) -> None:
-    """Raise where `forward` has an argument with the name of one of the adapter's own."""
-    taken = {p.name for p in _parameters_of(run) or ()} & {f"{prefix}{name}" for name in keywords}
+def _check_keywords(name: str, parameters: Iterable[inspect.Parameter], keywords: Iterable[str], prefix: str) -> None:
+    """Raise where a method has an argument with the name of one of the adapter's own."""
+    taken = {p.name for p in parameters} & {f"{prefix}{name}" for name in keywords}
     if taken:
         names = ", ".join(sorted(taken))
         raise ConversionError(
-            f"convert: {name}{'' if '.' in name else '.forward'} has arguments that the converted function needs for "
+            f"convert: {name} has arguments that the converted function needs for "
             f"itself: {names}. Convert with another prefix for these, such as `prefix='jax_'`; then `jax_"
             f"{sorted(taken)[0]}` is the function's own, and `{sorted(taken)[0]}` reaches `forward`."
         )

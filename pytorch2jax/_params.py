@@ -205,14 +205,8 @@ def flatten(call: str, root: str, leaves: Sequence[Leaf], tree: Any) -> list[Any
                 raise LeafTypeError(f"{call}: {address(root, leaf)}: expected an array, got {_kind(node)}.")
             values.append(node)
     unexpected = _unexpected(root, leaves, tree)
-    flat = [name for leaf in leaves if len(leaf.path) > 1 and (name := PATH_SEPARATOR.join(leaf.path)) in _keys(tree)]
-    if missing and flat:
-        first = flat[0]
-        keys = "".join(f"[{key!r}]" for key in first.split(PATH_SEPARATOR))
-        raise MissingLeafError(
-            f"{call}: {root}: expected nested dicts (`{root}{keys}`), got flat names, as a torch `state_dict` has them "
-            f"({first!r}). `params_from_state_dict(model, state_dict)` makes the one of the other."
-        )
+    if missing and isinstance(tree, Mapping):
+        _check_not_flat(call, root, leaves, tree)
     if missing:
         also = f" Not expected, but there: {listed(unexpected)}." if unexpected else ""
         raise MissingLeafError(
@@ -225,6 +219,18 @@ def flatten(call: str, root: str, leaves: Sequence[Leaf], tree: Any) -> list[Any
             "the model that it belongs to."
         )
     return values
+
+
+def _check_not_flat(call: str, root: str, leaves: Sequence[Leaf], tree: Mapping[Any, Any]) -> None:
+    """Raise where a `state_dict` came in the place of nested dicts."""
+    for leaf in leaves:
+        name = PATH_SEPARATOR.join(leaf.path)
+        if len(leaf.path) > 1 and name in tree:
+            keys = "".join(f"[{key!r}]" for key in leaf.path)
+            raise MissingLeafError(
+                f"{call}: {root}: expected nested dicts (`{root}{keys}`), got flat names, as a torch `state_dict` has "
+                f"them ({name!r}). `params_from_state_dict(model, state_dict)` makes the one of the other."
+            )
 
 
 def check_shapes(call: str, root: str, leaves: Sequence[Leaf], values: Sequence[Any]) -> list[Any]:
@@ -279,7 +285,3 @@ def listed(names: Sequence[str]) -> str:
 
 def _kind(tree: Any) -> str:
     return f"a dict with keys {sorted(map(str, tree))}" if isinstance(tree, Mapping) else type(tree).__name__
-
-
-def _keys(tree: Any) -> Iterable[Any]:
-    return tree if isinstance(tree, Mapping) else ()

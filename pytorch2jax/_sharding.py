@@ -198,6 +198,11 @@ def run_on_shards(
     return mapped(*[leaves[i] for i in positions])
 
 
+def whole_shapes(shapes: Any) -> Any:
+    """What is declared, where nothing is split: all of it."""
+    return shapes
+
+
 def _local_shapes(call: str, out_specs: Any, mesh: Any, shapes: Any) -> Any:
     """What one device has of declared outputs."""
     specs = jax.tree.broadcast(out_specs, shapes, is_leaf=lambda s: isinstance(s, PartitionSpec))

@@ -15,7 +15,14 @@ import torch
 from torch import nn
 
 from pytorch2jax._dtypes import dtype_j2t, narrowed
-from pytorch2jax._errors import DtypeError, LeafTypeError, MissingLeafError, StatisticsWarning, StructureError
+from pytorch2jax._errors import (
+    ConversionError,
+    DtypeError,
+    LeafTypeError,
+    MissingLeafError,
+    StatisticsWarning,
+    StructureError,
+)
 from pytorch2jax._params import (
     Layout,
     Leaf,
@@ -139,7 +146,7 @@ def params_from_state_dict(model: nn.Module, state_dict: Any, *, with_state: boo
         Every tensor, once.
 
     Raises:
-        ConversionError: `model` is no torch module, or its tensors are on the meta device and not in the file.
+        ConversionError: `model` is no torch module, or has a buffer on the meta device that no `state_dict` has.
         MissingLeafError: a parameter or buffer of the model is not there; the message has its flat name.
         StructureError: there is something that the model lacks, or that has another shape.
         DtypeError: integers for floating values, or the other way round.
@@ -175,6 +182,12 @@ def params_from_state_dict(model: nn.Module, state_dict: Any, *, with_state: boo
                     arrays[root].append(_as_leaf(call, found[0], leaf, tensor_of(found[0])))
                 elif leaf.trainable or flat_name(leaf.slots[0]) in own:
                     missing.append(flat_name(leaf.slots[0]))
+                elif slots[leaf.slots[0]].is_meta:
+                    raise ConversionError(
+                        f"{call}: {flat_name(leaf.slots[0])}: expected a model that has the values of buffers which no "
+                        "`state_dict` has (`persistent=False`), got one on torch's meta device. Make it without "
+                        "`torch.device('meta')`."
+                    )
                 else:  # a buffer that is not persistent
                     arrays[root].append(t2j(slots[leaf.slots[0]], copy=True))
     if missing:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pytorch2jax._arguments import take_apart
+from pytorch2jax._arguments import parameters_of, take_apart
 from pytorch2jax._engines import run as run_program
 from pytorch2jax._errors import LeafTypeError, OptionError
 from pytorch2jax._function import TorchFunction
@@ -28,7 +28,7 @@ from pytorch2jax._options import (
 from pytorch2jax._primitive import torch_call
 from pytorch2jax._reverse import JaxFunction, note_original
 from pytorch2jax._rng import SEED_DRAW, seed_from_key
-from pytorch2jax._sharding import run_on_shards
+from pytorch2jax._sharding import run_on_shards, whole_shapes
 
 
 def torch2jax(
@@ -142,7 +142,7 @@ def torch2jax(
     if fn is None or not callable(fn):
         raise LeafTypeError(f"torch2jax: expected a torch callable, got {type(fn).__name__}.")
     name = _name(fn)
-    takes_rng = "rng" not in _parameter_names(fn)
+    takes_rng = all(parameter.name != "rng" for parameter in parameters_of(fn) or ())
     examples = Examples.of(example_args, example_kw or {})
     options = checked_options(
         name,
@@ -164,7 +164,7 @@ def torch2jax(
     call = _PlainCall(fn, lock_of(name, lock))
     function = TorchFunction(name, call, identity=call.identity, options=options)
 
-    def run(args: tuple[Any, ...], kwargs: dict[str, Any], local: Callable[[Any], Any] = _as_it_is) -> Any:
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any], local: Callable[[Any], Any] = whole_shapes) -> Any:
         key = kwargs.pop("rng", None) if takes_rng else None
         arguments = take_apart(name, args, kwargs)
         shapes = None if output_shapes is None else local(normalised_shapes(name, output_shapes, arguments.arrays))
@@ -214,10 +214,6 @@ def py_to_jax_wrapper(fn: Callable[..., Any]) -> Callable[..., Any]:
         Array([2., 2.], dtype=float32)
     """
     return torch2jax(fn)
-
-
-def _as_it_is(shapes: Any) -> Any:
-    return shapes
 
 
 _NOTHING: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
@@ -275,10 +271,3 @@ class _Identity:
 
 def _name(fn: Callable[..., Any]) -> str:
     return getattr(fn, "__qualname__", None) or type(fn).__name__
-
-
-def _parameter_names(fn: Callable[..., Any]) -> frozenset[str]:
-    try:
-        return frozenset(inspect.signature(fn).parameters)
-    except (TypeError, ValueError):  # torch's built-in functions have no signature
-        return frozenset()

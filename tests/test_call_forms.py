@@ -138,15 +138,22 @@ def test_declared_models_give_back_their_state():
 
 
 @BACKENDS
-def test_explicit_axes(backend):
+@pytest.mark.parametrize("n", [1, 8])
+def test_explicit_axes(backend, n):
     model = Autoencoder()
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    mesh = jax.make_mesh((n,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    declared = jax.ShapeDtypeStruct((16, 3), jnp.float64)
     with jax.set_mesh(mesh):
-        x = jax.device_put(jnp.ones((4, 3)), NamedSharding(mesh, P("data")))
-        for call in _calls(model, out_specs=P("data"), backend=backend).values():
-            out = call(x)
-            assert out.sharding.spec == P("data", None) or out.sharding.spec == P("data")
-            np.testing.assert_allclose(out, model(torch.ones(4, 3, dtype=torch.float64)).detach())
+        x = jax.device_put(jnp.ones((16, 3)), NamedSharding(mesh, P("data")))
+        for options in ({}, {"output_shapes": declared}, {"example_args": (jnp.ones((16, 3)),)}):
+            for call in _calls(model, out_specs=P("data"), backend=backend, **options).values():
+                out = call(x)
+                assert out.sharding.spec in (P("data", None), P("data"))
+                np.testing.assert_allclose(out, model(torch.ones(16, 3, dtype=torch.float64)).detach())
+        apply, params = convert_pytnn_to_jax(model, out_specs=P("data"), backend=backend)
+        gradient = jax.jit(jax.grad(lambda p: apply(p, x).sum()))(params)
+    model(torch.ones(16, 3, dtype=torch.float64)).sum().backward()
+    np.testing.assert_allclose(gradient["down"]["weight"], model.down.weight.grad)
 
 
 def test_explicit_axes_and_state():
@@ -284,3 +291,23 @@ def test_gradients_through_a_cache():
     (model(torch.zeros(1, 1, dtype=torch.int64), past_key_values=expected.past_key_values).logits ** 2).sum().backward()
     found = jax.jit(jax.grad(loss))(params)["model"]["layers"]["0"]["self_attn"]["k_proj"]["weight"]
     np.testing.assert_allclose(found, model.model.layers[0].self_attn.k_proj.weight.grad, atol=1e-8)
+
+
+@BACKENDS
+@pytest.mark.parametrize("jitted", [False, True])
+def test_caches_of_sliding_windows(jitted, backend):
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=32, sliding_window=4,
+    )  # fmt: skip
+    model = transformers.MistralForCausalLM(config).double().eval()
+    apply, params = convert_pytnn_to_jax(model, backend=backend)
+    run = jax.jit(apply) if jitted else apply
+    ids = torch.arange(6)[None]
+    expected, found = model(ids), run(params, t2j(ids))
+    for step in range(3):
+        token = ids[:, step : step + 1]
+        expected = model(token, past_key_values=expected.past_key_values)
+        found = run(params, t2j(token), past_key_values=found.past_key_values)
+        np.testing.assert_allclose(found.logits, expected.logits.detach(), atol=1e-6)  # in parts in single precision

@@ -164,6 +164,12 @@ def test_a_difference_is_found(monkeypatch):
     assert "differs from torch by 5.0e-01, expected 1e-03 at most" in report.to_text()
 
 
+def test_two_calls_with_one_key_that_differ(monkeypatch):
+    monkeypatch.setattr(_check, "largest_difference", lambda found, expected: 1.0)
+    report = check(nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.5)), torch.ones(2, 2), timing=False)
+    assert report.works["xla"]["train mode"].status == "differs"
+
+
 @pytest.mark.parametrize("found", [[float("nan")], [], [[1.0, 1.0]]])
 def test_a_nan_and_another_shape_are_differences(monkeypatch, found):
     monkeypatch.setitem(_check._ROWS, "jit", lambda engine: (found, [torch.ones(())]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import equinox as eqx
+import flax.core
+import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from flax import nnx
 from torch import nn
 
 from pytorch2jax import (
+    ConversionError,
     DtypeError,
     LeafTypeError,
     MissingLeafError,
@@ -169,6 +172,22 @@ def test_state_dicts_for_models_without_values():
         model = nn.Linear(2, 3)
     params = params_from_state_dict(model, {"weight": torch.ones(3, 2), "bias": torch.zeros(3)})
     np.testing.assert_array_equal(params["weight"], np.ones((3, 2)))
+
+
+def test_values_that_nobody_has():
+    with torch.device("meta"):
+        model = Net()
+    state_dict = Net().state_dict()
+    with pytest.raises(ConversionError, match=r"shift: expected a model that has the values of buffers"):
+        params_from_state_dict(model, state_dict)
+
+
+def test_boxes_of_flax():
+    model = nn.Linear(2, 3)
+    _, params = convert_pytnn_to_jax(model)
+    boxed = jax.tree.map(lambda x: flax.linen.Partitioned(0 * x, names=(None,) * x.ndim), params)
+    for given in (boxed, {"params": boxed}, flax.core.freeze({"params": boxed})):
+        assert load_params(nn.Linear(2, 3), given).weight.abs().sum() == 0
 
 
 def test_what_comes_out_is_a_copy():

@@ -23,7 +23,7 @@ from pytorch2jax._check._report import Cell, Cost, Found, Report
 from pytorch2jax._check._show import progress, show
 from pytorch2jax._check._subject import Subject, copied, jax_loss, largest_difference
 from pytorch2jax._errors import BridgedWarning, ConversionError, LoopWarning, Pytorch2JaxError
-from pytorch2jax._params import Leaf, flat_name, layout_of
+from pytorch2jax._params import Leaf, flat_name, layout_of, leaf_in, nest
 from pytorch2jax._rng import seeded
 from pytorch2jax._transfer import t2j
 
@@ -166,8 +166,8 @@ class _Engine:
         """The flat outputs in eval mode."""
         trained, floating = iter(variables[: len(self._own)]), variables[len(self._own) :]
         leaves = self.module.layout.params
-        old = {leaf.path: _at(self.params, leaf) for leaf in leaves}
-        tree = _nest(leaves, [next(trained) if t else old[x.path] for x, t in zip(leaves, self._trains, strict=True)])
+        old = {leaf.path: leaf_in(self.params, leaf) for leaf in leaves}
+        tree = nest(leaves, [next(trained) if t else old[x.path] for x, t in zip(leaves, self._trains, strict=True)])
         varied = dict(zip(self.subject.floating, floating, strict=True))
         args, kwargs = self.subject.fill([varied.get(i, array) for i, array in enumerate(arrays)])
         out, _ = self.module.apply(tree, self.state, args, kwargs, rng=lambda: self.key, train=False)
@@ -176,20 +176,6 @@ class _Engine:
     def loss(self, variables: list[Any], *arrays: Any) -> Any:
         """The number of which derivatives are taken."""
         return jax_loss(self.outputs(variables, *arrays))
-
-
-def _at(tree: Any, leaf: Leaf) -> Any:
-    return functools.reduce(lambda node, key: node[key], leaf.path, tree)
-
-
-def _nest(leaves: tuple[Leaf, ...], values: list[Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for leaf, value in zip(leaves, values, strict=True):
-        node = tree
-        for key in leaf.path[:-1]:
-            node = node.setdefault(key, {})
-        node[leaf.path[-1]] = value
-    return tree
 
 
 _Compared = tuple[list[Any], list[torch.Tensor]]
@@ -228,9 +214,7 @@ def _second(engine: _Engine) -> _Compared:
     try:
         expected = subject.gradients(subject.tensors, second=True)
     except RuntimeError as error:
-        raise _NothingToCompareError(
-            f"torch itself has no second derivatives here: {_first_sentence(error)}"
-        ) from error
+        raise _NothingToCompareError(f"torch itself has no second derivatives here: {_in_one_line(error)}") from error
     tangents = [t2j(d, copy=True) for d in subject.directions]
     product = jax.jit(lambda p, t: jax.jvp(jax.grad(lambda p: engine.loss(p, *arrays)), (p,), (t,))[1])
     return product(engine.variables(arrays), tangents), expected
@@ -273,8 +257,9 @@ def _train(engine: _Engine) -> _Compared:
     leaves = [leaf for leaf in jax.tree.leaves(out) if hasattr(leaf, "dtype")]
     if engine.backend != "torch" and module.inferred(args, kwargs, train=True).random:
         again = jax.tree.leaves(jax.jit(call)(engine.params, engine.state, engine.key)[0])
-        if largest_difference(leaves, [torch.tensor(jax.device_get(x)) for x in again]) > 0:
-            raise _NothingToCompareError("two calls with one key differ")
+        repeated = [torch.tensor(jax.device_get(x)) for x in again]
+        if largest_difference(leaves, repeated) != 0:  # two calls with one key differ
+            return leaves, repeated
         raise _NothingToCompareError("random numbers are drawn from JAX's key, and are others than torch's")
     model = copied(subject.model).train()
     with torch.no_grad(), seeded(torch.tensor(jax.random.key_data(engine.key).tolist()), host=True):
@@ -282,7 +267,7 @@ def _train(engine: _Engine) -> _Compared:
     buffers = dict(model.named_buffers())
     layout = module.layout.state
     expected += [buffers[flat_name(leaf.slots[0])] for leaf in layout]
-    return [*leaves, *(_at(state, leaf) for leaf in layout)], expected
+    return [*leaves, *(leaf_in(state, leaf) for leaf in layout)], expected
 
 
 def _export(engine: _Engine) -> _Compared:
@@ -323,7 +308,7 @@ def _check_engine(report: Report, subject: Subject, backend: str, step: Callable
     try:
         engine = _Engine(subject, backend)
     except Pytorch2JaxError as error:
-        cells["convert"] = Cell(report_of.REFUSED, reason=_first_sentence(error))
+        cells["convert"] = Cell(report_of.REFUSED, reason=_in_one_line(error))
         return
     draws = _draws(engine)
     for name in _ROWS:
@@ -353,7 +338,7 @@ def _cell(engine: _Engine, name: str, *, draws: bool) -> Cell:
     except _NothingToCompareError as error:
         return Cell(report_of.RAN, reason=str(error))
     except Exception as error:
-        return Cell(report_of.REFUSED, reason=_first_sentence(error))
+        return Cell(report_of.REFUSED, reason=_in_one_line(error))
     if draws:
         return Cell(report_of.RAN, reason="random numbers are drawn from JAX's key, and are others than torch's")
     difference = largest_difference(jax.tree.leaves(found), expected)
@@ -371,16 +356,16 @@ def _noted(report: Report) -> Iterator[None]:
         yield
     for warning in caught:
         notes = report.bridged if issubclass(warning.category, BridgedWarning) else report.loops
-        if (text := _first_sentence(warning.message)) not in notes:
+        if (text := _in_one_line(warning.message)) not in notes:
             notes.append(text)
 
 
-def _first_sentence(error: Any) -> str:
-    """What a message says first, and the advice at its end."""
+def _in_one_line(error: Any) -> str:
+    """The first lines of a message, as one; cut where it quotes another error at length."""
     lines = [line.strip() for line in str(error).split("\n--------------------")[0].splitlines() if line.strip()]
     text = " ".join(lines[:3]) if lines else type(error).__name__
-    found = re.findall(r"Pytorch2Jax\w*: (.*)|(?:Error|Exception): (.*)", text)
-    return text if len(text) < 400 or not found else text[:400] + " ..."
+    quotes_another = re.search(r"(Pytorch2Jax\w*|Error|Exception): ", text)
+    return f"{text[:400]} ..." if quotes_another and len(text) >= 400 else text
 
 
 # -- what it costs ----------------------------------------------------------------------------------------------------
@@ -395,12 +380,13 @@ def _measure(report: Report, subject: Subject, step: Callable[[str], None]) -> N
             continue
         runs: dict[str, Callable[[], Any]] = {"": functools.partial(_torch_run, subject, derives=derives)}
         first: dict[str, float] = {}
+        engines: dict[str, _Engine] = {}
         for name in _ENGINES:
             cells = report.works.get(name, {})
             if cells.get("grad" if derives else "jit", Cell("")).status not in _RUNS:
                 continue
             step(f"{name}: time of {what}")
-            engine = _Engine(subject, name)
+            engine = engines[name] = _Engine(subject, name)  # a new one, which has compiled nothing yet
             jitted = jax.jit(jax.value_and_grad(engine.loss) if derives else engine.outputs)
             runs[name] = functools.partial(_jax_run, jitted, engine.variables(arrays), arrays)
             with _noted(report):
@@ -412,7 +398,7 @@ def _measure(report: Report, subject: Subject, step: Callable[[str], None]) -> N
             ratios = [t / base for t, base in zip(times[name], times[""], strict=True)]
             cost = Cost(
                 what, statistics.median(times[name]), statistics.median(ratios), first[name], _peak(runs[name]),
-                _copied(subject, name) if not derives else None,
+                _copied(engines[name]) if not derives else None,
             )  # fmt: skip
             report.costs.setdefault(name, []).append(cost)
 
@@ -464,13 +450,12 @@ def _memory(name: str) -> int:
         return next(1024 * int(line.split()[1]) for line in file if line.startswith(name))
 
 
-def _copied(subject: Subject, backend: str) -> int | None:
+def _copied(engine: _Engine) -> int | None:
     """How many bytes a forward pass copies between the frameworks."""
-    if backend != "torch":
+    if engine.backend != "torch":
         return 0
     try:
-        module = subject.converted(backend)
-        return module.copied_bytes(*subject.fill(subject.arrays()))
+        return engine.module.copied_bytes(*engine.subject.fill(engine.subject.arrays()))
     except Exception:
         return None
 
@@ -483,19 +468,15 @@ def _engines_that_run(report: Report, row: str) -> list[str]:
 
 
 def _advice(report: Report) -> list[str]:
-    usable = {
-        e: c for e, c in report.works.items() if c.get("jit", Cell("")).status in (report_of.AGREES, report_of.RAN)
-    }
-    eager = {e for e, c in report.works.items() if c.get("eager", Cell("")).status in (report_of.AGREES, report_of.RAN)}
+    usable, eager = _engines_that_run(report, "jit"), _engines_that_run(report, "eager")
     if not usable:
         if eager:
-            return [f'It runs with `backend="{sorted(eager)[0]}"` outside of `jax.jit` alone.']
+            return [f'It runs with `backend="{eager[0]}"` outside of `jax.jit` alone.']
         return ["Neither engine runs it; the reasons are above."]
     advice = []
     costs = {engine: costs[-1] for engine, costs in report.costs.items() if costs and engine in usable}
     if len(usable) == 1:
-        only = next(iter(usable))
-        advice.append(f'Take `backend="{only}"`: the other engine does not run this model under `jax.jit`.')
+        advice.append(f'Take `backend="{usable[0]}"`: the other engine does not run this model under `jax.jit`.')
     elif len(costs) == 2:
         best = min(costs, key=lambda engine: costs[engine].ratio)
         other = next(e for e in costs if e != best)

@@ -112,9 +112,9 @@ class Subject:
         parts = [
             (o.double() * torch.cos(torch.arange(o.numel()).double()).reshape(o.shape)).sum()
             for o in outputs
-            if _inexact(o)
+            if o.is_floating_point()
         ]
-        squares = [(o.double() ** 2).mean() for o in outputs if _inexact(o)]
+        squares = [(o.double() ** 2).mean() for o in outputs if o.is_floating_point()]
         return sum((p / max(1, len(parts)) for p in parts), torch.zeros(())) + sum(squares, torch.zeros(()))
 
     def variables(self, tensors: Sequence[Any], parameters: Sequence[Any]) -> list[Any]:
@@ -212,7 +212,3 @@ def copied(model: nn.Module) -> nn.Module:
 
 def _tensor(leaf: Any) -> torch.Tensor:
     return leaf.detach().clone() if isinstance(leaf, torch.Tensor) else j2t(jax.numpy.asarray(leaf), copy=True)
-
-
-def _inexact(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point()

@@ -38,14 +38,7 @@ def convert_pytnn_to_equinox(
         copy: see `convert_pytnn_to_jax`.
         prefix: put in front of the keywords `key`, `state` and `inference` of a call, for models whose `forward`
             has arguments of these names.
-        method: the method that a call runs in the place of `forward`, by its name: `method="encode"`. A bound
-            method instead of the module does the same: `convert_pytnn_to_equinox(model.encode)`.
-        example_args, example_kw: optional arguments like those of later calls: tensors, arrays or
-            `jax.ShapeDtypeStruct`. A model that reads values is tried on them where it is traced under `jax.jit`,
-            and not on made-up ones, which it may not accept.
-        output_shapes: what a call returns, as for `torch2jax`: for models that can run on no values but real ones.
-        out_specs: how the outputs are sharded, for arguments that are sharded along explicit axes of a mesh, as for
-            `torch2jax`; such calls change no buffers.
+        method, example_args, example_kw, output_shapes, out_specs: see `convert_pytnn_to_jax`.
         batch_axes: the axis of the batch in the arguments of `forward`, for arrays that are sharded over devices;
             see `convert_pytnn_to_jax`. Without it, each device runs the model on the whole batch.
         backend: `"torch"` runs torch's kernels; `"xla"` translates the model to JAX operations, see `torch2jax`.

@@ -47,15 +47,9 @@ def convert_pytnn_to_nnx(
         copy: see `convert_pytnn_to_jax`.
         prefix: put in front of the keywords `train` and `rngs` of a call, for models whose `forward` has
             arguments of these names.
-        method: the method that a call runs in the place of `forward`, by its name: `method="encode"`. A bound
-            method instead of the module does the same: `convert_pytnn_to_nnx(model.encode)`.
-        example_args, example_kw: optional arguments like those of later calls: tensors, arrays or
-            `jax.ShapeDtypeStruct`. A model that reads values is tried on them where it is traced under `jax.jit`,
-            and not on made-up ones, which it may not accept. With them, the buffers that training changes are found
-            by a run on fake tensors; without, they are the statistics of normalisations.
-        output_shapes: what a call returns, as for `torch2jax`: for models that can run on no values but real ones.
-        out_specs: how the outputs are sharded, for arguments that are sharded along explicit axes of a mesh, as for
-            `torch2jax`; such calls change no buffers.
+        method, example_args, example_kw, output_shapes, out_specs: see `convert_pytnn_to_jax`. With examples, the
+            buffers that training changes are found by a run on fake tensors; without, they are the statistics of
+            normalisations.
         batch_axes: the axis of the batch in the arguments of `forward`, for arrays that are sharded over devices;
             see `convert_pytnn_to_jax`. Without it, each device runs the model on the whole batch.
         backend: `"torch"` runs torch's kernels; `"xla"` translates the model to JAX operations, see `torch2jax`.
@@ -162,7 +156,7 @@ class TorchModule(nnx.Module):
 
     def _trees_of_torch(self, state: Any) -> tuple[Any, Any]:
         """The parameters and buffers, for the way back to torch."""
-        return _values(self.params), _values(self._state()) if state is None else state
+        return self.params, self._state() if state is None else state
 
     def _stream(self, rngs: nnx.Rngs) -> Any:
         try:
