@@ -201,6 +201,8 @@ def test_patterns_that_are_none():
 def test_pickling_linen_modules():
     with pytest.raises(ConversionError, match="pickle: Scorer: expected something that can be pickled"):
         pickle.dumps(convert_pytnn_to_flax(Scorer())[0]())
+    with pytest.raises(ConversionError, match="pickle: Scorer: expected something that can be pickled"):
+        pickle.dumps(convert_pytnn_to_flax(Scorer())[0])
 
 
 def test_functions_that_want_int32(monkeypatch):

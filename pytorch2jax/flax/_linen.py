@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -45,14 +46,7 @@ def convert_pytnn_to_flax(
             class.
         copy: see `convert_pytnn_to_jax`.
         prefix: put in front of the keyword `train`, for models whose `forward` has an argument of that name.
-        method: the method that a call runs in the place of `forward`, by its name: `method="encode"`. A bound
-            method instead of the module does the same: `convert_pytnn_to_flax(model.encode)`.
-        example_args, example_kw: optional arguments like those of later calls: tensors, arrays or
-            `jax.ShapeDtypeStruct`. A model that reads values is tried on them where it is traced under `jax.jit`,
-            and not on made-up ones, which it may not accept.
-        output_shapes: what a call returns, as for `torch2jax`: for models that can run on no values but real ones.
-        out_specs: how the outputs are sharded, for arguments that are sharded along explicit axes of a mesh, as for
-            `torch2jax`; such calls change no buffers.
+        method, example_args, example_kw, output_shapes, out_specs: see `convert_pytnn_to_jax`.
         batch_axes: the axis of the batch in the arguments of `forward`, for arrays that are sharded over devices;
             see `convert_pytnn_to_jax`. Without it, each device runs the model on the whole batch.
         backend: `"torch"` runs torch's kernels; `"xla"` translates the model to JAX operations, see `torch2jax`.
@@ -109,7 +103,20 @@ def convert_pytnn_to_flax(
     return Converted, converted.initial()[0]
 
 
-class _TorchModule(nn.Module):
+class _ConvertedClass(type(nn.Module)):  # type: ignore[misc]
+    """The class of converted classes, by which pickle knows them; copies go by another way, and work."""
+
+
+def _reduced(cls: Any) -> Any:
+    """What pickle asks for where it comes to a class, or to an instance of it."""
+    converted: ConvertedModule | None = getattr(cls, "torch_module", None)
+    return cls.__qualname__ if converted is None else converted.__reduce__()
+
+
+copyreg.pickle(_ConvertedClass, _reduced)
+
+
+class _TorchModule(nn.Module, metaclass=_ConvertedClass):
     """What the classes that `convert_pytnn_to_flax` returns have in common.
 
     Variables are read and written through `self.scope`, because `self.param` refuses names that are
@@ -120,9 +127,6 @@ class _TorchModule(nn.Module):
 
     def __repr__(self) -> str:
         return f"TorchModule({self.torch_module!r})"
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.torch_module.__reduce__()
 
     @nn.nowrap
     def apply(self, *args: Any, **kwargs: Any) -> Any:
