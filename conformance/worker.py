@@ -30,8 +30,7 @@ from conformance.converted import eagerly
 from conformance.exceptions import BACKEND, skipped
 from conformance.families import SEEN
 from conformance.oracle import TorchCannotError
-from pytorch2jax import BridgedWarning, Pytorch2JaxError
-from pytorch2jax import _errors as errors
+from pytorch2jax import BridgedWarning, Pytorch2JaxError, _errors as errors
 
 _NO_REFUSALS = (errors.TorchCallError, errors.InferenceError)
 """Errors that tell of what torch could not do, where it can."""

@@ -29,8 +29,7 @@ import jax
 import numpy as np
 import optax
 import torch
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits

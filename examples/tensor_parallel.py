@@ -20,8 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm

@@ -51,7 +51,7 @@ def dtype_t2j(dtype: Any) -> np.dtype[Any]:
         The NumPy dtype object that JAX uses under the same name.
 
     Raises:
-        DtypeError: JAX has no such dtype (`torch.complex32`, the quantised dtypes).
+        StructureError: JAX has no such dtype (`torch.complex32`, the quantised dtypes).
 
     Example:
         >>> import torch
@@ -80,7 +80,7 @@ def dtype_j2t(dtype: Any) -> torch.dtype:
         The torch dtype of the same name.
 
     Raises:
-        DtypeError: torch has no such dtype (`int4`, `float8_e3m4`, strings, a PRNG key's dtype).
+        StructureError: torch has no such dtype (`int4`, `float8_e3m4`, strings, a PRNG key's dtype).
 
     Example:
         >>> import jax.numpy as jnp

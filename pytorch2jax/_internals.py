@@ -32,13 +32,11 @@ from jax._src.lib import _jax
 from jax._src.sharding_impls import ShardingContext, parse_flatten_op_sharding
 from jax.experimental import io_callback
 from jax.experimental.buffer_callback import ExecutionContext, buffer_callback
-from jax.experimental.custom_partitioning import SdyShardingRule as ShardingRule
-from jax.experimental.custom_partitioning import custom_partitioning
+from jax.experimental.custom_partitioning import SdyShardingRule as ShardingRule, custom_partitioning
 from jax.interpreters import ad, batching, mlir, partial_eval
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from torch._ops import HigherOrderOperator, _higher_order_ops
-from torch.autograd.graph import GradientEdge
-from torch.autograd.graph import get_gradient_edge as gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge as gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [

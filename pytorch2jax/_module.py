@@ -90,9 +90,9 @@ def convert_pytnn_to_jax(
     Raises:
         ConversionError: the module is of a kind that cannot be converted; the message says why.
         OptionError: `batch_axes` do not fit the arguments, or an output; in `apply`.
-        MissingLeafError, StructureError: `params` or `state` is not what the conversion returned.
-        RandomnessError: the module draws random numbers and got no `rng`.
-        StateError: the call changes buffers, and the function was converted without `with_state`.
+        StructureError: `params` or `state` is not what the conversion returned.
+        StateError: the module draws random numbers and got no `rng`; or the call changes buffers, and the function
+            was converted without `with_state`.
         See `torch2jax` for what a call may raise besides.
 
     Example:

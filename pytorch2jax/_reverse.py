@@ -51,11 +51,11 @@ def jax2torch(fn: Callable[..., Any]) -> Callable[..., Any]:
         it; outputs belong to torch, which may write to them.
 
     Raises:
-        LeafTypeError: an argument or output is something that cannot pass between the frameworks.
-        DtypeError, NarrowingError: one framework has no such dtype, or an integer does not fit into 32 bits.
+        StructureError: an argument or output is something that cannot pass between the frameworks, has a dtype
+            that one of them lacks, or is an integer that does not fit into 32 bits.
         DeviceError: JAX has no such device, or an output is spread over several.
-        ForkError: it was called in a process that was forked when JAX was running already (a `DataLoader` worker).
-        NestingError: it was called by a torch function that JAX runs (`torch2jax` and the converters).
+        DeadlockError: it was called in a process that was forked when JAX was running already (a `DataLoader`
+            worker), or by a torch function that JAX runs (`torch2jax` and the converters).
 
     Example:
         >>> import jax.numpy as jnp, torch

@@ -44,11 +44,10 @@ def t2j(tensor: torch.Tensor, via: str = "dlpack", *, copy: bool = False) -> jax
         and unaligned tensors, resolved views and narrowed dtypes are copied.
 
     Raises:
-        LeafTypeError: `tensor` is not a dense torch tensor.
+        StructureError: `tensor` is not a dense torch tensor, JAX has no such dtype, or a 64-bit integer does not fit
+            into 32 bits while `jax_enable_x64` is off.
         OptionError: there is no such `via`.
-        DtypeError: JAX has no such dtype.
-        ForkError: JAX was running already when the process was forked.
-        NarrowingError: a 64-bit integer does not fit into 32 bits while `jax_enable_x64` is off.
+        DeadlockError: JAX was running already when the process was forked.
 
     Example:
         >>> import torch
@@ -101,10 +100,9 @@ def j2t(array: Any, via: str = "dlpack", *, copy: bool = False) -> torch.Tensor:
         A contiguous tensor of the same shape and dtype, without `requires_grad`.
 
     Raises:
-        LeafTypeError: `array` is a tracer, or nothing that JAX takes for an array.
+        StructureError: `array` is a tracer, nothing that JAX takes for an array, or of a dtype that torch lacks.
         OptionError: there is no such `via`.
-        DtypeError: torch has no such dtype.
-        ForkError: JAX was running already when the process was forked.
+        DeadlockError: JAX was running already when the process was forked.
         DeviceError: the array is spread over several devices.
 
     Example:

@@ -60,9 +60,8 @@ def params_to_state_dict(model: nn.Module, params: Any, state: Any = None) -> di
 
     Raises:
         ConversionError: `model` is no torch module.
-        MissingLeafError: a parameter or buffer of the model is not in the tree.
-        StructureError: the tree has a leaf that the model lacks, or one of another shape.
-        DtypeError: a leaf has another dtype than the model's tensor.
+        StructureError: the tree lacks a parameter or buffer of the model, has a leaf that the model lacks, or one of
+            another shape or dtype.
 
     Example:
         >>> from torch import nn
@@ -106,9 +105,8 @@ def load_params(model: nn.Module, params: Any, state: Any = None) -> nn.Module:
 
     Raises:
         ConversionError: `model` is no torch module.
-        MissingLeafError: a parameter or buffer of the model is not in the tree.
-        StructureError: the tree has a leaf that the model lacks, or one of another shape.
-        DtypeError: a leaf has another dtype than the model's tensor. Nothing is written in any of these cases.
+        StructureError: the tree lacks a parameter or buffer of the model, has a leaf that the model lacks, or one of
+            another shape or dtype. Nothing is written in any of these cases.
 
     Example:
         >>> import jax
@@ -147,10 +145,9 @@ def params_from_state_dict(model: nn.Module, state_dict: Any, *, with_state: boo
 
     Raises:
         ConversionError: `model` is no torch module, or has a buffer on the meta device that no `state_dict` has.
-        MissingLeafError: a parameter or buffer of the model is not there; the message has its flat name.
-        StructureError: there is something that the model lacks, or that has another shape.
-        DtypeError: integers for floating values, or the other way round.
-        LeafTypeError: `state_dict` is neither a dict nor a path.
+        StructureError: a parameter or buffer of the model is not there, there is something that the model lacks, or
+            that has another shape, or integers for floating values; the message has its flat name. Or `state_dict`
+            is neither a dict nor a path.
 
     Example:
         >>> import torch

@@ -115,16 +115,16 @@ def torch2jax(
         Inputs are not copied, except those that `fn` writes to in place; each output is copied once.
 
     Raises:
-        LeafTypeError: an argument or output is something that cannot pass between the frameworks.
+        StructureError: an argument or output is something that cannot pass between the frameworks.
         OptionError: an option has a value that does not exist, or does not fit the arguments.
         DeviceError: an argument is sharded along an explicit axis of a mesh, and there are no `out_specs`.
         UnsupportedTransformError: a derivative of higher order than `depth` is asked for.
-        InferenceError: `fn` fails on inputs of these shapes and dtypes.
+        InferenceError: `fn` fails on inputs of these shapes and dtypes; or, at run time, it returns something else
+            than declared or inferred.
         CaptureError: `fn` cannot be translated, with `backend="xla"`.
-        OutputMismatchError: `fn` returns something else than declared or inferred; at run time.
         TorchCallError: torch raised an exception; at run time, outside of `jax.jit`. Under `jax.jit` JAX
             raises a `jax.errors.JaxRuntimeError` with torch's message and traceback in its text.
-        NestingError: `fn` calls JAX, which could wait for itself for ever.
+        DeadlockError: `fn` calls JAX, which could wait for itself for ever.
 
     Example:
         >>> import jax, jax.numpy as jnp, torch

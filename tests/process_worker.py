@@ -17,8 +17,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import torch
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from pytorch2jax import convert_pytnn_to_flax
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 import transformers
 from flax import nnx
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 from torch import nn
 
 from pytorch2jax import (

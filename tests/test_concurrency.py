@@ -21,8 +21,7 @@ import numpy as np
 import pytest
 import torch
 from cases import DEVICES, assert_same_numbers, some
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from pytorch2jax import convert_pytnn_to_jax, torch2jax, use_tape
 from pytorch2jax._tape import TAPE

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +12,10 @@ import pytest
 import torch
 from cases import DEVICES
 from jax.experimental import checkify
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import pytorch2jax
-from pytorch2jax import DeviceError, Pytorch2JaxError, TorchCallError, jax2torch, torch2jax
+from pytorch2jax import DeviceError, Pytorch2JaxError, TorchCallError, _errors, jax2torch, torch2jax
 
 SPEC = jax.ShapeDtypeStruct((3,), jnp.float64)
 
@@ -103,6 +105,21 @@ def test_every_exception_derives_from_a_builtin_one():
     for cls in set(classes) - {Pytorch2JaxError}:
         others = [b for b in cls.__mro__ if issubclass(b, Exception) and not issubclass(b, Pytorch2JaxError)]
         assert others[0] not in (Exception, BaseException), cls
+
+
+def test_there_are_few_public_errors_and_the_others_are_kinds_of_them():
+    public = [c for c in map(vars(pytorch2jax).get, pytorch2jax.__all__) if isinstance(c, type)]
+    public = [c for c in public if issubclass(c, Pytorch2JaxError)]
+    assert len(public) == 11
+    described = (Path(__file__).parent.parent / "docs" / "errors.md").read_text()
+    for cls in public:
+        assert f"`{cls.__name__}`" in described or f"pytorch2jax.{cls.__name__}`" in described
+        assert len(inspect.getdoc(cls).splitlines()) >= 3, cls
+    kinds = {c for c in vars(_errors).values() if isinstance(c, type) and issubclass(c, Pytorch2JaxError)}
+    for cls in kinds - set(public):
+        assert any(issubclass(cls, p) for p in public if p is not Pytorch2JaxError), cls
+        assert getattr(pytorch2jax, cls.__name__) is cls
+        assert cls.__name__ not in dir(pytorch2jax)
 
 
 def test_messages_of_key_errors_are_readable():

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 from cases import DEVICES
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, PartitionSpec as P
 
 from pytorch2jax import NestingError, convert_pytnn_to_jax, jax2torch, torch2jax
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from cases import OldStyleCube, arrays, assert_same, scalar, some, torch_gradients
-from torch._higher_order_ops import associative_scan, scan, while_loop
-from torch._higher_order_ops import map as torch_map
+from torch._higher_order_ops import associative_scan, map as torch_map, scan, while_loop
 from torch.nn.attention.flex_attention import flex_attention
 
 from pytorch2jax import (

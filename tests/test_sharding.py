@@ -21,8 +21,7 @@ import optax
 import pytest
 import torch
 from cases import DEVICES, one_in
-from jax.sharding import AxisType, NamedSharding, reshard
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P, reshard
 
 import pytorch2jax
 from pytorch2jax import (

@@ -15,8 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES, REFUSED, arrays, assert_same, scalar
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import nn
 
 import pytorch2jax

@@ -11,8 +11,7 @@ import optax
 import pytest
 import torch
 from cases import DEVICES
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from torch import nn
 
 from pytorch2jax import ReplicationWarning, convert_pytnn_to_jax, torch2jax

@@ -53,7 +53,7 @@ def convert_pytnn_to_equinox(
 
     Raises:
         ConversionError: the module is of a kind that cannot be converted.
-        StateError, RandomnessError, StructureError: in a call; the message says what to do.
+        StateError, StructureError: in a call; the message says what to do.
 
     Example:
         >>> import equinox as eqx, jax.numpy as jnp, torch

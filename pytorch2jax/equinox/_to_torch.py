@@ -40,7 +40,7 @@ def convert_equinox_to_pytnn(
     Raises:
         ConversionError: `module` cannot be called.
         StateError: `state` is no `eqx.nn.State`.
-        DtypeError: an array has a dtype that torch lacks.
+        StructureError: an array has a dtype that torch lacks.
 
     Example:
         >>> import equinox as eqx, jax, torch

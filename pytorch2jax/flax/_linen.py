@@ -66,7 +66,7 @@ def convert_pytnn_to_flax(
 
     Raises:
         ConversionError: the module is of a kind that cannot be converted.
-        MissingLeafError, StructureError, RandomnessError, StateError: in `apply`; the message says what to do.
+        StateError, StructureError: in `apply`; the message says what to do.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, torch

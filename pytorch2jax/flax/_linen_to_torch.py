@@ -37,7 +37,7 @@ def convert_flax_to_pytnn(
 
     Raises:
         ConversionError: `module` is no Linen module, or not an instance, or `variables` are no dict of collections.
-        DtypeError: an array has a dtype that torch lacks.
+        StructureError: an array has a dtype that torch lacks.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, torch

@@ -63,7 +63,7 @@ def convert_pytnn_to_nnx(
 
     Raises:
         ConversionError: the module is of a kind that cannot be converted.
-        RandomnessError, StructureError: in a call; the message says what to do.
+        StateError, StructureError: in a call; the message says what to do.
 
     Example:
         >>> import jax.numpy as jnp, torch

@@ -31,7 +31,7 @@ def convert_nnx_to_pytnn(module: Any, *, mode: str | None = None) -> JaxModule:
 
     Raises:
         ConversionError: `module` is no `nnx.Module`.
-        DtypeError: an array has a dtype that torch lacks.
+        StructureError: an array has a dtype that torch lacks.
 
     Example:
         >>> import torch

@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import torch
 
-from pytorch2jax._control_flow import RUN, carried_tree, check_same
-from pytorch2jax._control_flow import cond as plain_cond
+from pytorch2jax._control_flow import RUN, carried_tree, check_same, cond as plain_cond
 from pytorch2jax._dtypes import canonical_dtype_t2j
 from pytorch2jax._errors import CaptureError, UnsupportedTransformError
 from pytorch2jax._internals import Primitive, ad, batching, is_functorch_active, mlir, torch_pytree
