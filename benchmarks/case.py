@@ -11,6 +11,7 @@ Call = Callable[[], Any]
 
 OURS = "pytorch2jax"
 OURS_XLA = 'pytorch2jax, backend="xla"'
+OURS_DECLARED = "pytorch2jax, output_shapes="
 WRAP = "wrap-torch2jax"
 TORCH = "torch"
 COMPILED = "torch.compile"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any, NamedTuple
 
-from benchmarks.case import FLAX, OURS, OURS_XLA, TORCH, WRAP
+from benchmarks.case import FLAX, OURS, OURS_DECLARED, OURS_XLA, TORCH, WRAP
 from benchmarks.cases.training import TORCH_AND_HEAD
 from benchmarks.contest import BUSY
 from benchmarks.machine import cores
@@ -57,6 +57,7 @@ TARGETS = (
     Target("frozen extractor with a trainable JAX head", "frozen", ENCODER.name, 1.05, TORCH_AND_HEAD),
     Target("vmap of 64, MLP", "vmap", MLP_64.name, 1.2),
     Target("vmap of 64, conv net", "vmap", CONV_NET.name, 1.2),
+    Target("jitted call that declares its output", "declared", "1 000", 1.2, OURS, OURS_DECLARED),
     Target("peak memory of converting with copy=False", "conversion-memory", None, 1.05, TORCH, f"{OURS}, copy=False"),
     Target('forward, encoder, backend="xla"', "forward", ENCODER.name, 0.65, TORCH, OURS_XLA),
     Target('value and gradient, encoder, backend="xla"', "value-and-grad", ENCODER.name, 0.85, TORCH, OURS_XLA),

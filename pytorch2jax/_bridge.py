@@ -35,6 +35,7 @@ from pytorch2jax._internals import (
     tracing_with,
 )
 from pytorch2jax._nesting import refusal, refusing_jax
+from pytorch2jax._profiling import is_profiling, profiled
 from pytorch2jax._program import Program
 from pytorch2jax._threads import on_one_team
 from pytorch2jax._torch_state import flushes_subnormals, set_flushing
@@ -84,6 +85,7 @@ class _HostCall:
         self._outputs = [Views(spec) for spec in program.out_specs]
         self._shares_tensors = program.root.shares_tensors
         self._refusal = refusal(program.root.describe())
+        self._profiler_name = f"torch_call[{program.describe()}]"
         self._first = True
 
     def __call__(self, inputs: Sequence[int], outputs: Sequence[int]) -> None:
@@ -102,7 +104,12 @@ class _HostCall:
                 tensors = [*map(operator.getitem, self._inputs, inputs)]
                 if not self._shares_tensors:
                     tensors = [t.detach() for t in tensors]
-                program.deliver(tensors, HostBuffers(outputs, self._outputs))
+                buffers = HostBuffers(outputs, self._outputs)
+                if is_profiling():
+                    with profiled(self._profiler_name):
+                        program.deliver(tensors, buffers)
+                else:
+                    program.deliver(tensors, buffers)
                 if self._first:
                     self._first = False
                     self._look_for_attributes(tensors)
@@ -146,6 +153,7 @@ def call_in_xla(program: Program, *arrays: Any) -> tuple[Any, ...]:
 
 def _device_call(program: Program) -> Callable[..., None]:
     refusing = refusal(program.root.describe())
+    profiler_name = f"torch_call[{program.describe()}]"
 
     def run(context: ExecutionContext, results: Sequence[Any], *arguments: Any) -> None:
         try:
@@ -156,7 +164,8 @@ def _device_call(program: Program) -> Callable[..., None]:
             buffers = [tensor_from_capsule(r.__dlpack__()) for r in results]
             device = next((t.device for t in (*tensors, *buffers)), None)
             stream = torch.cuda.ExternalStream(context.stream, device=device)
-            with torch.no_grad(), _ordered(stream), torch.cuda.stream(stream), refusing_jax(refusing):
+            on_stream = torch.cuda.stream(stream)
+            with profiled(profiler_name), torch.no_grad(), _ordered(stream), on_stream, refusing_jax(refusing):
                 program.deliver(tensors, Buffers(dict(enumerate(buffers))))
         except Exception as error:
             program.abandon()

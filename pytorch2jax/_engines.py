@@ -6,9 +6,12 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+
 from pytorch2jax._bound import BoundFunction
 from pytorch2jax._errors import ExportError
 from pytorch2jax._inference import Spec
+from pytorch2jax._internals import trace_state_clean
 from pytorch2jax._primitive import torch_call
 
 
@@ -19,7 +22,12 @@ def run(program: BoundFunction, *arrays: Any) -> list[Any]:
         program: the program.
         *arrays: its inputs; the seed first, if it is seeded.
     """
-    return torch_call(program, *arrays) if program.backend == "torch" else _xla().xla_call(program, *arrays)
+    if program.backend != "torch":
+        return _xla().xla_call(program, *arrays)
+    if trace_state_clean():
+        return torch_call(program, *arrays)
+    with jax.named_scope(program.name):  # as `backend="xla"` has it from the name of a jitted function
+        return torch_call(program, *arrays)
 
 
 def bind_symbolic(

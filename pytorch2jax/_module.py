@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import numpy as np
@@ -18,7 +18,15 @@ from pytorch2jax._engines import run as run_program
 from pytorch2jax._errors import ConversionError, DeviceError, InferenceError, OptionError, RandomnessError
 from pytorch2jax._function import TorchFunction
 from pytorch2jax._inference import Inferred
-from pytorch2jax._options import Backend, Examples, Options, checked_backend, normalised_shapes, shapes_key
+from pytorch2jax._options import (
+    Backend,
+    ConverterOptions,
+    Examples,
+    Options,
+    checked_backend,
+    normalised_shapes,
+    shapes_key,
+)
 from pytorch2jax._params import (
     Leaf,
     arrays_of,
@@ -33,6 +41,24 @@ from pytorch2jax._params import (
 from pytorch2jax._rng import seed_from_key
 from pytorch2jax._sharding import run_on_shards, splitting, whole_shapes
 from pytorch2jax._skeleton import Skeleton, hooks_of
+
+
+@overload
+def convert_pytnn_to_jax(
+    model: nn.Module | Callable[..., Any], *, with_state: Literal[False] = False, **options: Unpack[ConverterOptions]
+) -> tuple[Callable[..., Any], dict[str, Any]]: ...
+
+
+@overload
+def convert_pytnn_to_jax(
+    model: nn.Module | Callable[..., Any], *, with_state: Literal[True], **options: Unpack[ConverterOptions]
+) -> tuple[Callable[..., tuple[Any, dict[str, Any]]], dict[str, Any], dict[str, Any]]: ...
+
+
+@overload
+def convert_pytnn_to_jax(
+    model: nn.Module | Callable[..., Any], *, with_state: bool, **options: Unpack[ConverterOptions]
+) -> tuple[Any, ...]: ...
 
 
 def convert_pytnn_to_jax(
@@ -176,6 +202,8 @@ class ConvertedModule:
         # Of the torch module's own submodules, parameters and buffers, save those that an adapter has, too.
         self.names = frozenset(name for table in tables for name, _ in table) - _ADAPTERS_OWN
         self.layout = layout_of(model)
+        # The path and the class of each submodule, for tables of them.
+        self.submodules = tuple((tuple(k.split(".")), type(m).__name__) for k, m in model.named_modules() if k)
         self._params: list[jax.Array] | None = arrays_of(model, self.layout.params, copy=copy)
         self._state: list[jax.Array] | None = arrays_of(model, self.layout.state, copy=True)
         self._params_order = _Order("params", self.layout.params)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict
 
 import jax
 import numpy as np
@@ -88,6 +88,21 @@ def checked_backend(call: str, backend: Any) -> str:
 
 
 Backend: TypeAlias = Literal["torch", "xla"]
+
+
+class ConverterOptions(TypedDict, total=False):
+    """The options that all converters have, for their overloads by `with_state`."""
+
+    copy: bool
+    prefix: str
+    method: str | None
+    example_args: Sequence[Any]
+    example_kw: Mapping[str, Any] | None
+    output_shapes: Any
+    out_specs: Any
+    batch_axes: int | Sequence[int | None] | None
+    backend: Backend
+
 
 _CALLS = threading.RLock()
 

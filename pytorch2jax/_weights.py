@@ -8,7 +8,7 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import torch
@@ -124,6 +124,22 @@ def load_params(model: nn.Module, params: Any, state: Any = None) -> nn.Module:
         for slot, tensor in tensors.items():
             slots[slot].copy_(tensor)
     return model
+
+
+@overload
+def params_from_state_dict(
+    model: nn.Module, state_dict: Any, *, with_state: Literal[False] = False
+) -> dict[str, Any]: ...
+
+
+@overload
+def params_from_state_dict(
+    model: nn.Module, state_dict: Any, *, with_state: Literal[True]
+) -> tuple[dict[str, Any], dict[str, Any]]: ...
+
+
+@overload
+def params_from_state_dict(model: nn.Module, state_dict: Any, *, with_state: bool) -> Any: ...
 
 
 def params_from_state_dict(model: nn.Module, state_dict: Any, *, with_state: bool = False) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import types
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -181,12 +182,12 @@ def torch2jax(
         inputs.insert(0, seed)
         return program.rebuild(run_program(program, *inputs))[0]
 
-    @functools.wraps(fn, updated=())
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
+    def call_on_arrays(*args: Any, **kwargs: Any) -> Any:
         if held is not None:
             args = held.held(name, args)
         return run(args, kwargs) if out_specs is None else run_on_shards(name, run, args, kwargs, out_specs)
 
+    wrapped = WrappedFunction(fn, name, options.backend, call_on_arrays)
     if examples.positions:
         function.keep_examples(examples)
         if out_specs is None or output_shapes is None:  # examples are not sharded, and declarations are
@@ -214,6 +215,34 @@ def py_to_jax_wrapper(fn: Callable[..., Any]) -> Callable[..., Any]:
         Array([2., 2.], dtype=float32)
     """
     return torch2jax(fn)
+
+
+class WrappedFunction:
+    """What `torch2jax` returns: a function of JAX arrays with the torch function's name, signature and docstring."""
+
+    def __init__(self, fn: Callable[..., Any], name: str, backend: str, call: Callable[..., Any]) -> None:
+        self.__name__, self.__qualname__ = name.rpartition(".")[2], name
+        functools.update_wrapper(self, fn, updated=())
+        self._backend = backend
+        self._call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else types.MethodType(self, instance)
+
+    def __repr__(self) -> str:
+        return f"TorchFunction({self.__qualname__}, backend={self._backend!r})"
+
+    def __copy__(self) -> WrappedFunction:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> WrappedFunction:
+        return self
+
+    def __reduce__(self) -> str:
+        return self.__qualname__  # pickled by its name, as functions are
 
 
 _NOTHING: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()

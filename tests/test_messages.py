@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import gzip
 import inspect
 import pickle
+import re
 import subprocess
 import sys
 
 import equinox as eqx
-import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax import nnx
+from flax import linen, nnx
 from torch import nn
 
 import pytorch2jax
@@ -79,8 +81,88 @@ def test_names_signatures_and_docstrings():
         return x / 2
 
     converted = torch2jax(halve)
+    assert repr(converted) == f"TorchFunction({halve.__qualname__}, backend='torch')"
+    assert repr(torch2jax(nn.Linear(1, 1), backend="xla")) == "TorchFunction(Linear, backend='xla')"
+    assert copy.deepcopy(converted) is converted
     assert (converted.__name__, converted.__doc__) == ("halve", "Half of it.")
     assert str(inspect.signature(converted)) == "(x)"
+
+
+@torch2jax
+def pickled_by_name(x):
+    return x + 1
+
+
+class Holder:
+    @torch2jax
+    def shifted(self, x):
+        return x + 2
+
+
+def test_what_torch2jax_returns_is_like_a_function():
+    assert pickle.loads(pickle.dumps(pickled_by_name)) is pickled_by_name
+    assert Holder().shifted(jnp.ones(2)).tolist() == [3.0, 3.0]
+    assert jax.jit(pickled_by_name)(jnp.ones(2)).tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("backend", ["torch", "xla"])
+def test_a_call_is_named_in_the_compiled_program_of_another_function(backend):
+    apply, params = convert_pytnn_to_jax(Scorer(), backend=backend)
+    loss = jax.jit(jax.grad(lambda p, x: apply(p, x).sum()))
+    text = loss.lower(params, jnp.ones(1000, jnp.float32)).compile().as_text()
+    names = re.findall(r'op_name="([^"]*)"', text)
+    assert any("jvp(Scorer)" in name or "jvp(jit(Scorer))" in name for name in names), names
+
+
+def test_a_call_in_torchs_profiler_has_torchs_operators_inside():
+    apply, params = convert_pytnn_to_jax(Scorer())
+    step = jax.jit(apply)
+    jax.block_until_ready(step(params, jnp.ones(1000, jnp.float32)))
+    with torch.profiler.profile() as profile:
+        jax.block_until_ready(step(params, jnp.ones(1000, jnp.float32)))
+    block = next(event for event in profile.events() if event.name == "torch_call[Scorer]")
+    assert any(child.name.startswith("aten::") for child in block.cpu_children)
+
+
+@pytest.mark.exhaustive  # starting JAX's profiler takes a while
+def test_a_call_in_jaxs_profiler(tmp_path):
+    apply, params = convert_pytnn_to_jax(Scorer())
+    step = jax.jit(apply)
+    jax.block_until_ready(step(params, jnp.ones(1000, jnp.float32)))
+    with jax.profiler.trace(tmp_path, create_perfetto_trace=True):
+        jax.block_until_ready(step(params, jnp.ones(1000, jnp.float32)))
+    (trace,) = tmp_path.rglob("perfetto_trace.json.gz")
+    assert "torch_call[Scorer]" in gzip.decompress(trace.read_bytes()).decode()
+
+
+def test_tabulate_has_a_row_for_each_submodule():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            return self.norm(self.linear(x))
+
+    encoder, _ = convert_pytnn_to_flax(nn.Sequential(Block(), nn.ReLU(), nn.Linear(3, 2)))
+
+    class Outer(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return linen.Dense(2)(encoder(name="encoder")(x))
+
+    def rows(**options):
+        wide = {"width": 200, "force_terminal": False}
+        table = Outer().tabulate(jax.random.key(0), jnp.ones((2, 3)), console_kwargs=wide, **options)
+        cells = [[cell.strip() for cell in line.split("│")[1:3]] for line in table.splitlines() if line[:1] == "│"]
+        assert "Total Parameters: 39 (160 B)" in table
+        return [tuple(row) for row in cells if all(row)]
+
+    submodules = [("0", "Block"), ("0/linear", "Linear"), ("0/norm", "BatchNorm1d"), ("1", "ReLU"), ("2", "Linear")]
+    inside = [(f"encoder/{path}", name) for path, name in submodules]
+    assert rows() == [("encoder", "Sequential"), *inside, ("Dense_0", "Dense")]
+    assert rows(compute_flops=True) == rows()
+    assert rows(depth=1) == [("encoder", "Sequential"), ("Dense_0", "Dense")]
 
 
 def test_names_that_collide_in_a_signature():
@@ -104,6 +186,12 @@ apply, params = p.convert_pytnn_to_jax(torch.nn.Linear(2, 3))
 p.convert_pytnn_to_jax(torch.nn.Linear(2, 3).forward, backend="xla")
 state_dict: dict[str, torch.Tensor] = p.params_to_state_dict(torch.nn.Linear(2, 3), params)
 array: jax.Array = p.t2j(torch.ones(2))
+apply_, params_, state = p.convert_pytnn_to_jax(torch.nn.BatchNorm1d(3), with_state=True)
+out, new_state = apply_(params_, state, 1)
+new_state["running_mean"]
+apply_, params_ = p.convert_pytnn_to_jax(torch.nn.BatchNorm1d(3), with_state=True)  # wrong
+module, state = p.convert_pytnn_to_equinox(torch.nn.BatchNorm1d(3))  # wrong
+p.params_from_state_dict(torch.nn.Linear(2, 3), {})["weight"]
 p.torch2jax(torch.sin, backend="jaxx")
 p.convert_pytnn_to_nnx(torch.nn.Linear(2, 3), backend="jaxx")
 p.load_params(3, params)
@@ -118,7 +206,9 @@ def test_types_of_a_users_program(tmp_path):
         cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     found = [line.split(":")[1] for line in run.stdout.splitlines() if "error" in line and line.startswith("program")]
-    wrong = [str(i) for i, line in enumerate(PROGRAM.splitlines(), 1) if "jaxx" in line or "(3," in line]
+    wrong = [
+        str(i) for i, line in enumerate(PROGRAM.splitlines(), 1) if any(w in line for w in ("jaxx", "(3,", "wrong"))
+    ]
     assert found == wrong, run.stdout
 
 
@@ -222,8 +312,8 @@ def test_a_part_of_a_converted_module_is_replaced():
     m.note = "attributes of other names are as ever"
     assert m.note.startswith("attributes")
 
-    class Model(flax.linen.Module):
-        @flax.linen.compact
+    class Model(linen.Module):
+        @linen.compact
         def __call__(self, x):
             return convert_pytnn_to_flax(Scorer())[0]()(x)
 

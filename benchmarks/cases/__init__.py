@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.case import Case
 from benchmarks.cases.batching import PER_EXAMPLE_GRADS, VMAP
-from benchmarks.cases.calls import ARGUMENTS_EAGER, ARGUMENTS_JITTED, SIZES_EAGER, SIZES_JITTED
+from benchmarks.cases.calls import ARGUMENTS_EAGER, ARGUMENTS_JITTED, DECLARED, SIZES_EAGER, SIZES_JITTED
 from benchmarks.cases.conversion import COMPILE, CONVERSION_MEMORY, CONVERSION_TIME, IMPORT
 from benchmarks.cases.gradients import FORWARD, VALUE_AND_GRAD
 from benchmarks.cases.loops import SCAN
@@ -18,6 +18,7 @@ CASES: dict[str, Case] = {
         ARGUMENTS_EAGER,
         SIZES_JITTED,
         SIZES_EAGER,
+        DECLARED,
         FORWARD,
         VALUE_AND_GRAD,
         FROZEN,

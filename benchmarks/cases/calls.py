@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import torch
 
 from benchmarks.bridges import torch_device
-from benchmarks.case import CALLBACK, OURS, TORCH, WRAP, XLA, Call, Case, LeftOutError
+from benchmarks.case import CALLBACK, OURS, OURS_DECLARED, TORCH, WRAP, XLA, Call, Case, LeftOutError
 
 
 class Shape(NamedTuple):
@@ -52,6 +52,13 @@ def ours(shape: Shape) -> Callable[..., Any]:
     from pytorch2jax import torch2jax
 
     return torch2jax(add)
+
+
+def declared(shape: Shape) -> Callable[..., Any]:
+    """This library, told what the function returns."""
+    from pytorch2jax import torch2jax
+
+    return torch2jax(add, output_shapes=jax.ShapeDtypeStruct((shape.floats,), jnp.float32))
 
 
 def wrap(shape: Shape) -> Callable[..., Any]:
@@ -126,5 +133,14 @@ SIZES_EAGER = Case(
     "The same outside of `jax.jit`.",
     SIZES,
     competitors(jitted=False),
+    quick_rows=2,
+)
+DECLARED = Case(
+    "declared",
+    "A jitted call that is told what it returns",
+    "µs",
+    "`x + 1` inside `jax.jit`, with `output_shapes=` and without.",
+    {name: SIZES[name] for name in ("10", "1 000", "100 000")},
+    {OURS: called(ours, jitted=True), OURS_DECLARED: called(declared, jitted=True)},
     quick_rows=2,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import equinox as eqx
 import torch
@@ -11,7 +11,28 @@ import wadler_lindig
 
 from pytorch2jax._errors import StateError
 from pytorch2jax._module import ConvertedModule
-from pytorch2jax._options import Backend
+from pytorch2jax._options import Backend, ConverterOptions
+
+
+@overload
+def convert_pytnn_to_equinox(
+    model: torch.nn.Module | Callable[..., Any],
+    *,
+    with_state: Literal[False] = False,
+    **options: Unpack[ConverterOptions],
+) -> TorchModule: ...
+
+
+@overload
+def convert_pytnn_to_equinox(
+    model: torch.nn.Module | Callable[..., Any], *, with_state: Literal[True], **options: Unpack[ConverterOptions]
+) -> tuple[TorchModule, eqx.nn.State]: ...
+
+
+@overload
+def convert_pytnn_to_equinox(
+    model: torch.nn.Module | Callable[..., Any], *, with_state: bool, **options: Unpack[ConverterOptions]
+) -> Any: ...
 
 
 def convert_pytnn_to_equinox(

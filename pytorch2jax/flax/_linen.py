@@ -163,6 +163,7 @@ class _TorchModule(nn.Module, metaclass=_ConvertedClass):
         # What Linen itself falls back on in `init` is the key for the parameters.
         can_draw = self.has_rng("dropout") or (self.is_initializing() and self.has_rng(_PARAMS))
         rng = self.make_rng("dropout") if can_draw else None
+        _note_submodules(self)
         if self.is_initializing() and _output_is_dropped():
             return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(call, rng)[0])
         out, new_state = call(rng)
@@ -209,6 +210,27 @@ class _TorchModule(nn.Module, metaclass=_ConvertedClass):
             here = [leaf for leaf in leaves if places[leaf.path] == collection]
             for name, subtree in nest(here, (leaf_in(new, leaf) for leaf in here)).items():
                 self.scope.put_variable(collection, name, subtree)
+
+
+class _Submodule(nn.Module):
+    """A torch submodule as a row of `tabulate`, which wants a Linen module for each."""
+
+    def __call__(self) -> tuple[()]:
+        return ()
+
+
+def _note_submodules(module: _TorchModule) -> None:
+    """Add a row for each torch submodule, if this call is one of `tabulate`'s."""
+    tables = nn.module._context.call_info_stack
+    if not tables:
+        return
+    scope: Any = module.scope
+    for path, class_name in module.torch_module.submodules:
+        row = type(class_name, (_Submodule,), {})()
+        index = tables[-1].get_call_index()
+        where = ((*module.path, *path), row, scope.rngs, scope.mutable)
+        call = nn.module._CallInfo(index, *where, method="__call__", args=(), kwargs={}, outputs=())
+        tables[-1].calls.append(call)
 
 
 def _own(leaves: tuple[Leaf, ...], tree: Any) -> dict[str, Any]:
