@@ -557,9 +557,11 @@ class BoundFunction(RootProgram):
             tensor = _narrowed_as_declared(self.name, expected, tensor)
         if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
             raise OutputMismatchError(
-                f"{self.name}: {expected.path}: expected {expected.dtype}{list(expected.shape)}, as declared or "
-                f"inferred, got {tensor.dtype}{list(tensor.shape)}. Declare what it returns with "
-                "`output_shapes`; a shape that depends on values cannot be used under JAX."
+                f"{self.name}: {expected.path}: expected {expected.dtype}{list(expected.shape)}, as "
+                f"{'declared with `output_shapes`' if self.is_guess else 'inferred'}, got "
+                f"{tensor.dtype}{list(tensor.shape)}. "
+                + ("Declare that" if self.is_guess else "Declare what it returns with `output_shapes`")
+                + "; a shape that depends on values cannot be used under JAX."
             )
         if dtype is not expected.dtype and (tensor.is_floating_point() or tensor.is_complex()):
             return tensor.to(dtype)

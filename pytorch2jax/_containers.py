@@ -7,6 +7,7 @@ name, that the library has registered. For `isinstance` and `__class__` it is th
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 import functools
@@ -50,7 +51,7 @@ class Contents(NamedTuple):
     def plain(self) -> Any:
         """The container itself, anew."""
         if self.kind == "torch":
-            return unflatten_torch_node(self.node_type, list(self.children), self.context)
+            return _with_nones(unflatten_torch_node(self.node_type, list(self.children), self.context), self)
         instance: Any = object.__new__(self.node_type)  # unlike copy.replace, without running the user's __init__
         names = self.context
         if self.kind == "object":
@@ -80,6 +81,20 @@ class Contents(NamedTuple):
         if self.kind == "object":
             vars(value)[_CHILDREN] = self.context[0]
         return value
+
+
+def _with_nones(value: Any, contents: Contents) -> Any:
+    """A mapping that leaves out what is None (as the outputs of transformers do), with that put back.
+
+    JAX and Equinox put None into the places of leaves for a while, and the structure may not change by that.
+    """
+    names = contents.context
+    if isinstance(value, collections.OrderedDict) and isinstance(names, (list, tuple)) and len(value) < len(names):
+        for name, child in zip(names, contents.children, strict=True):
+            if name not in value:
+                collections.OrderedDict.__setitem__(value, name, child)
+            value.move_to_end(name)
+    return value
 
 
 def contents_of(value: Any) -> Contents | None:

@@ -198,19 +198,28 @@ def infer(
             raise InferenceError(
                 f"{name}: running it once to learn its outputs failed: {type(error).__name__}: {error}\n"
                 f"Inputs: {_listed_inputs(inputs, around.n_own)}. "
-                f"{_advice(error, inputs, around)} (Before that, fake tensors failed: {reason}.)"
+                f"{_advice(error, inputs, around, reads_values=reason != type(error).__name__)} (On tensors without "
+                f"values: {reason}.)"
             ) from error
 
 
 _WANTS_INT32 = re.compile(r"int32|torch\.int\b|\bInt\b|IntTensor|dtype int\b")
 
 
-def _advice(error: Exception, inputs: Sequence[TensorSpec], around: Surroundings) -> str:
+def _advice(error: Exception, inputs: Sequence[TensorSpec], around: Surroundings, *, reads_values: bool) -> str:
     if _WANTS_INT32.search(str(error)) and any(spec.dtype == torch.int64 for spec in inputs):
         return (
-            "Torch gets JAX's int32 arrays as int64; where it wants int32, `torch2jax(fn, widen_ints=False)` keeps it."
+            "Torch gets JAX's int32 arrays as int64; where the model wants int32, have it convert them: `x.int()`."
+            if around.n_own
+            else "Torch gets JAX's int32 arrays as int64; where it wants int32, `torch2jax(fn, widen_ints=False)` "
+            "keeps it."
         )
-    return f"If the function only works on other values than these, {around.advice}."
+    if not reads_values:  # on tensors without values it failed in the same way
+        return "Check the arguments, and that torch runs on them."
+    return (
+        "The function reads values, and was run on those of the examples, if it has some of this shape, else on "
+        f"made-up ones. If it works on others, {around.advice}."
+    )
 
 
 _SHOWN_INPUTS = 12

@@ -25,7 +25,7 @@ import jax.extend.core
 import numpy as np
 import torch
 import torch.utils._pytree as torch_pytree
-from jax._src import checkify, dispatch, effects, util, xla_bridge
+from jax._src import checkify, core as jax_core, dispatch, effects, util, xla_bridge
 from jax._src.array import ArrayImpl as _ArrayImpl
 from jax._src.core import trace_state_clean
 from jax._src.lib import _jax
@@ -529,6 +529,16 @@ def has_memory(tensor: torch.Tensor) -> bool:
     """Whether there is data behind a tensor: it is not on the meta device, not fake, not wrapped by `torch.func`."""
     wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     return not (tensor.is_meta or is_fake(tensor) or wrapped)
+
+
+def register_name_in_jaxprs(primitive: Primitive, name_of: Callable[..., str]) -> None:
+    """Print the equations of a primitive as `primitive[name]`, with a name made of its parameters."""
+
+    def rule(equation: Any, context: Any, settings: Any) -> Any:
+        named = Primitive(f"{primitive.name}[{name_of(**equation.params)}]")
+        return jax_core._pp_eqn(equation.replace(primitive=named), context, settings, params=())
+
+    jax_core.pp_eqn_rules[primitive] = rule
 
 
 def is_python_thread(ident: int | None = None) -> bool:

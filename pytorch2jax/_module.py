@@ -37,6 +37,7 @@ from pytorch2jax._params import (
     layout_of,
     nest,
     own_tensors,
+    unwrapped,
 )
 from pytorch2jax._rng import seed_from_key
 from pytorch2jax._sharding import run_on_shards, splitting, whole_shapes
@@ -189,7 +190,7 @@ class ConvertedModule:
         backend: str = "torch",
     ) -> None:
         model, method = _model_and_method(model, method)
-        model = _checked(_unwrapped(model), backend)
+        model = _checked(unwrapped(model)[0], backend)
         run = _method_of(model, method)
         self.name = type(model).__name__ if method is None else f"{type(model).__name__}.{method}"
         self._parameters = parameters_of(run)
@@ -205,15 +206,22 @@ class ConvertedModule:
         # The path and the class of each submodule, for tables of them.
         self.submodules = tuple((tuple(k.split(".")), type(m).__name__) for k, m in model.named_modules() if k)
         self._params: list[jax.Array] | None = arrays_of(model, self.layout.params, copy=copy)
-        self._state: list[jax.Array] | None = arrays_of(model, self.layout.state, copy=True)
+        self._state = arrays_of(model, self.layout.state, copy=True)
         self._params_order = _Order("params", self.layout.params)
         self._state_order = _Order("state", self.layout.state)
         self._given = {plain: given for given, (plain, _) in self._keywords.items()}
-        eval_mode = f"{self._given['train']}=False" if "train" in self._given else f"{self._given['inference']}=True"
+        self._eval_mode = eval_mode = (
+            f"{self._given['train']}=False" if "train" in self._given else f"{self._given['inference']}=True"
+        )
         call = Skeleton(model, (*self.layout.params, *self.layout.state), method, eval_mode)
         own = own_tensors("params", self.layout.params, self._params)
         own += own_tensors("state", self.layout.state, self._state)
         split = splitting(self.name, batch_axes, None)
+        if not isinstance(example_args, (tuple, list)):
+            raise OptionError(
+                f"{self.name}: example_args: expected a tuple of arguments, got {type(example_args).__name__}. For one "
+                "argument: `example_args=(x,)`."
+            )
         examples = Examples.of(tuple(example_args), dict(example_kw or {}))
         backend = checked_backend(self.name, backend)
         options = Options(splitting=split, dtypes=examples.dtypes, backend=backend)
@@ -245,14 +253,17 @@ class ConvertedModule:
     def initial(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Parameters and state as they were at conversion."""
         assert self._params is not None
-        assert self._state is not None
-        return nest(self.layout.params, self._params), nest(self.layout.state, self._state)
+        return nest(self.layout.params, self._params), self.initial_state()
 
     def take_initial(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The same, without keeping them alive here."""
+        """The same, without keeping the parameters alive here."""
         params, state = self.initial()
-        self._params = self._state = None
+        self._params = None
         return params, state
+
+    def initial_state(self) -> dict[str, Any]:
+        """The buffers as they were at conversion."""
+        return nest(self.layout.state, self._state)
 
     def split_keywords(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The adapter's own keyword arguments, by their plain names, and those for `forward`."""
@@ -289,10 +300,14 @@ class ConvertedModule:
         first = [kinds(name, kinds.POSITIONAL_OR_KEYWORD) for name in leading]
         return inspect.Signature([*first, *(p for p in rest if p not in variable), *own, *variable])
 
+    def doc(self) -> str:
+        """The torch module's docstring, for what it is converted to."""
+        return f"{self!r}\n\n{self._doc}".rstrip()
+
     def describe(self, function: Any, *leading: str, skips: bool = False) -> None:
         """Give a function, or a class, the name, the signature and the docstring of the torch module."""
         function.__name__ = function.__qualname__ = self.name
-        function.__doc__ = f"{self!r}\n\n{self._doc}".rstrip()
+        function.__doc__ = self.doc()
         if not skips:
             function.__signature__ = self.signature(*leading)
 
@@ -360,7 +375,7 @@ class ConvertedModule:
         *,
         rng: Any,
         train: bool | None,
-        rng_argument: str = "rng=jax.random.key(...)",
+        rng_argument: str = "`rng=jax.random.key(...)`, a new key for each call",
     ) -> tuple[Any, Any]:
         """Call the module; with `state=None` on the buffers that it had at conversion.
 
@@ -375,7 +390,7 @@ class ConvertedModule:
             What the module returned, and the new state.
         """
         if type(train) is not bool:
-            train = self._mode(train)
+            train = self.checked_flag("train", train)
         if self._out_specs is None:
             return self._apply(params, state, args, kwargs, rng, train, rng_argument)
         return self._apply_on_shards(params, state, args, kwargs, rng, train, rng_argument), state
@@ -415,8 +430,8 @@ class ConvertedModule:
         if program.inferred.random and not (rng is None and program.is_guess):
             if rng is None:
                 raise RandomnessError(
-                    f"{self.name}: the model draws random numbers (train={train}), expected a JAX key, got none. "
-                    f"Pass `{rng_argument}`, a new key for each call."
+                    f"{self.name}: the model draws random numbers, expected a JAX key, got none. Pass {rng_argument}."
+                    + (f" With `{self._eval_mode}` dropout does nothing." if train else "")
                 )
             seed = seed_from_key(self.name, rng() if callable(rng) else rng)
             program = program.with_seed(seed.shape[0], shared=True)
@@ -427,18 +442,39 @@ class ConvertedModule:
         first, end = len(self.layout.params), len(self.layout.params) + len(self.layout.state)
         return out, nest(self.layout.state, [changed.get(i, values[i]) for i in range(first, end)])
 
-    def _mode(self, train: Any) -> bool | None:
-        """A mode that is given in another way than as `True` or `False`."""
-        if train is None:
+    def checked_flag(self, name: str, value: Any) -> bool | None:
+        """A flag of the adapter's, `train` or `inference`, which may be None or a number of NumPy's.
+
+        Raises:
+            OptionError: it is something else.
+        """
+        if value is None:
             return None
-        if isinstance(train, (int, np.bool_)):
-            return bool(train)
-        given = self._given.get("train", "train")
-        raise OptionError(
+        if isinstance(value, (int, np.bool_)):
+            return bool(value)
+        given = self._given.get(name, name)
+        message = (
             f"{self.name}: `{given}` has to be a Python bool (or None, for the mode of each submodule), got "
-            f"{type(train).__name__}. Under `jax.jit` it is a static argument: "
-            f'`jax.jit(f, static_argnames="{given}")`.'
+            f"{type(value).__name__}."
         )
+        if isinstance(value, jax.core.Tracer):
+            message += f' Under `jax.jit` it is a static argument: `jax.jit(f, static_argnames="{given}")`.'
+        raise OptionError(message)
+
+
+class FromTorch:
+    """A class attribute of an adapter's modules, which on an instance tells of the torch module inside.
+
+    Args:
+        of_class: the value on the class.
+        of_instance: gives the value on an instance, of its `torch_module`.
+    """
+
+    def __init__(self, of_class: Any, of_instance: Callable[[ConvertedModule], Any]) -> None:
+        self._of_class, self._of_instance = of_class, of_instance
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self._of_class if instance is None else self._of_instance(instance.torch_module)
 
 
 class _Order:
@@ -527,17 +563,6 @@ def _check_tensors(name: str, module: nn.Module) -> None:
         )
 
 
-def _unwrapped(model: Any) -> Any:
-    """The module inside of wrappers that run the same computation in another way."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
-            model = model._orig_mod
-        else:
-            return model
-
-
 _ADAPTERS_OWN = {"params", "batch_stats", "buffers", "rngs", "deterministic", "torch_module"}  # attributes
 
 _OTHERS = frozenset({"deterministic", "training", "is_training", "inference", "use_running_average", "train"})
@@ -558,25 +583,51 @@ def _model_and_method(model: Any, method: Any) -> tuple[Any, str | None]:
     """A module, and the name of the method to run; of a bound method of a module, these two.
 
     Raises:
-        OptionError: `method` is no name.
+        OptionError: `method` is no method of the module.
     """
-    if inspect.ismethod(model) and isinstance(model.__self__, nn.Module) and method is None:
-        model, method = model.__self__, model.__name__
-    elif inspect.ismethod(method):
-        method = method.__name__
-    elif callable(method) and not isinstance(method, type):
-        method = getattr(method, "__name__", None)
-    if method is not None and not isinstance(method, str):
+    if inspect.ismethod(model) and isinstance(model.__self__, nn.Module):
+        if method is not None:
+            raise OptionError(
+                f"convert: method: expected one method, got the bound method `{model.__name__}` and {method!r}. Pass "
+                "the module and `method=`, or the bound method alone."
+            )
+        model, method = model.__self__, model
+    if method is None or isinstance(method, str):
+        return model, None if method in (None, "forward", "__call__") else method
+    if not (inspect.ismethod(method) or inspect.isfunction(method)):
         raise OptionError(f"convert: method: expected the name of a method, or the method, got {method!r}.")
-    return model, None if method in (None, "forward", "__call__") else method
+    owner = getattr(method, "__self__", model)
+    if owner is not model:
+        raise OptionError(
+            f"convert: method: expected a method of the module that is converted, got `{method.__name__}` of another "
+            f"{type(owner).__name__}. Pass its name."
+        )
+    name = _name_of_method(model, getattr(method, "__func__", method))
+    return model, None if name in ("forward", "__call__") else name
+
+
+def _name_of_method(model: Any, function: Any) -> str:
+    """Under which name a module has a function as a method; its own name may be another's by now."""
+    own = getattr(function, "__name__", "")
+    names = {name for cls in type(model).__mro__ for name in vars(cls)} | set(vars(model))
+    for name in sorted(names, key=lambda name: (name != own, name)):
+        found = inspect.getattr_static(model, name, None)
+        if getattr(found, "__func__", found) is function:
+            return name
+    raise OptionError(
+        f"convert: method: expected a method that {type(model).__name__} has, got {own or function!r}, which it has "
+        "under no name (a method of a parent class that it overrides, or a function from elsewhere). Give the module "
+        "a method that calls it."
+    )
 
 
 def _method_of(model: nn.Module, method: str | None) -> Callable[..., Any]:
     if method is None:
         return model.forward
     found = getattr(model, method, None)
-    if not callable(found):
-        raise OptionError(f"convert: method: expected a method of {type(model).__name__}, got {method!r}.")
+    if not callable(found) or isinstance(found, nn.Module):
+        what = f"the submodule `{method}`, which is converted as `model.{method}`" if callable(found) else repr(method)
+        raise OptionError(f"convert: method: expected a method of {type(model).__name__}, got {what}.")
     run: Callable[..., Any] = found
     return run
 

@@ -72,6 +72,18 @@ def check_module(call: str, model: Any) -> None:
         raise ConversionError(f"{call}: expected a torch.nn.Module, got {type(model).__name__}.{advice}")
 
 
+def unwrapped(model: Any) -> tuple[Any, str]:
+    """The module inside of wrappers that run the same computation in another way, and their prefix of its names."""
+    prefix = ""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model, prefix = model.module, f"{prefix}module."
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
+            model, prefix = model._orig_mod, f"{prefix}_orig_mod."
+        else:
+            return model, prefix
+
+
 def layout_of(model: nn.Module) -> Layout:
     """List the tensors of a module."""
     return Layout(_leaves(model, _parameters), _leaves(model, _buffers))

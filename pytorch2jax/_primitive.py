@@ -42,6 +42,7 @@ from pytorch2jax._internals import (
     output_aval,
     register_dead_code_rule,
     register_float_check,
+    register_name_in_jaxprs,
     trace_state_clean,
     vary_together,
 )
@@ -52,6 +53,7 @@ from pytorch2jax._transforms import Derived, Jvp, Vjp, Vmap, inexact_outputs
 
 torch_call_p = Primitive("torch_call")
 torch_call_p.multiple_results = True
+register_name_in_jaxprs(torch_call_p, lambda program: str(program))
 
 
 def torch_call(program: Program, *arrays: Any) -> list[Any]:

@@ -184,8 +184,8 @@ class Skeleton:
             put_back=self._put_back,
             originals=self._originals,
             held=lambda: self._attribute_tensors,
-            advice="check the arguments, and that the model runs on them in torch; or pass `example_args=` or "
-            "`output_shapes=` when you convert it",
+            advice="pass `example_args=` with tensors or arrays (not specs) of the shapes of the call, or "
+            "`output_shapes=`, when you convert it",
             quiet=self._eval_mode,
         )
 

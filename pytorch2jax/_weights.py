@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import fnmatch
 import importlib
 import os
+import types
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, overload
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import torch
 from torch import nn
 
@@ -34,10 +38,12 @@ from pytorch2jax._params import (
     check_shapes,
     flat_name,
     flatten,
+    is_dense,
     layout_of,
     leaf_in,
     listed,
     nest,
+    unwrapped,
 )
 from pytorch2jax._transfer import as_array, j2t, t2j
 from pytorch2jax._trees import PATH_SEPARATOR
@@ -73,15 +79,40 @@ def params_to_state_dict(model: nn.Module, params: Any, state: Any = None) -> di
     """
     call = "params_to_state_dict"
     tensors = _tensors_by_slot(call, model, params, state)
-    # The model's own state_dict says which names there are: hooks may rename or drop some.
+    if _has_state_dict_hooks(model):  # which compute entries of their own, from the values
+        model = copy.deepcopy(model)
+        _write(model, tensors)
+        tensors = {}
     result = dict(model.state_dict())
-    seen: set[int] = set()
+    prefix = unwrapped(model)[1]
     for slot, tensor in tensors.items():
-        name = flat_name(slot)
+        name = f"{prefix}{flat_name(slot)}"
         if name in result:
-            result[name] = tensor.clone() if id(tensor) in seen else tensor
-            seen.add(id(tensor))
+            result[name] = tensor
+    seen: set[int] = set()
+    for name, tensor in result.items():
+        if id(tensor) in seen:  # tied
+            result[name] = tensor.clone()
+        seen.add(id(tensor))
     return result
+
+
+def _has_state_dict_hooks(model: nn.Module) -> bool:
+    """Whether a `state_dict` may have other entries than the parameters and buffers by their names."""
+    own = (nn.Module, nn.DataParallel, nn.parallel.DistributedDataParallel)
+    return any(
+        module._state_dict_hooks
+        or module._state_dict_pre_hooks
+        or not any(type(module)._save_to_state_dict is cls._save_to_state_dict for cls in own)
+        for module in model.modules()
+    )
+
+
+def _write(model: nn.Module, tensors: Mapping[Slot, torch.Tensor]) -> None:
+    slots = Slots(unwrapped(model)[0])
+    with torch.no_grad():
+        for slot, tensor in tensors.items():
+            slots[slot].copy_(tensor)
 
 
 def load_params(model: nn.Module, params: Any, state: Any = None) -> nn.Module:
@@ -94,7 +125,8 @@ def load_params(model: nn.Module, params: Any, state: Any = None) -> nn.Module:
             variables of a Linen module (`{"params": ..., "batch_stats": ...}`), or its `params`; an NNX module, its
             `nnx.state`, or a pure dict of that; an Equinox module. Of a larger model, that part of it.
         state: the buffers, where `params` does not have them: the nested dict of `with_state=True`, or the
-            `eqx.nn.State` of an Equinox module. None: the buffers stay as they are. `False` says that this is
+            `eqx.nn.State` of an Equinox module. None: the buffers stay as they are, except that an Equinox module
+            without state has its own. `False` says that this is
             meant, also for statistics.
 
     Returns:
@@ -119,11 +151,25 @@ def load_params(model: nn.Module, params: Any, state: Any = None) -> nn.Module:
         0.0
     """
     tensors = _tensors_by_slot("load_params", model, params, state)
-    slots = Slots(model)
-    with torch.no_grad():
-        for slot, tensor in tensors.items():
-            slots[slot].copy_(tensor)
+    slots = Slots(unwrapped(model)[0])
+    for slot in tensors:
+        if why := _cannot_be_written(slots[slot]):
+            raise ConversionError(f"load_params: {flat_name(slot)}: expected a tensor that can be written to, {why}.")
+    _write(model, tensors)
     return model
+
+
+def _cannot_be_written(tensor: torch.Tensor) -> str | None:
+    if tensor.is_meta:
+        return (
+            "got one on torch's meta device, which holds no values. Give the model memory first: "
+            "`model.to_empty(device='cpu')`"
+        )
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        return "got one that was made in `torch.inference_mode()`. Make the model outside of it"
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        return "got one that `expand` made, whose elements share memory. Copy it first (`.contiguous()`)"
+    return None
 
 
 @overload
@@ -174,16 +220,16 @@ def params_from_state_dict(model: nn.Module, state_dict: Any, *, with_state: boo
     """
     call = "params_from_state_dict"
     check_module(call, model)
+    model, prefix = unwrapped(model)
     layout = layout_of(model)
     own = model.state_dict(keep_vars=True)
     slots = Slots(model)
-    with _opened(call, state_dict) as (names, tensor_of):
+    with _opened(call, state_dict, prefix) as (names, tensor_of):
         known = {flat_name(slot) for leaf in (*layout.params, *layout.state) for slot in leaf.slots}
         extra = [name for name in names if name not in known and name not in own]
         if extra:
             raise StructureError(
-                f"{call}: {listed(extra)}: the model has no such tensor. Remove it from the dict, or pass the model "
-                "that it belongs to."
+                f"{call}: {listed(extra)}: the model has no such tensor. {_advice_on_names(extra, known)}"
             )
         arrays: dict[str, list[Any]] = {}
         missing: list[str] = []
@@ -193,6 +239,12 @@ def params_from_state_dict(model: nn.Module, state_dict: Any, *, with_state: boo
                 found = [name for slot in leaf.slots if (name := flat_name(slot)) in names]
                 if found:
                     arrays[root].append(_as_leaf(call, found[0], leaf, tensor_of(found[0])))
+                    for name in found[1:]:
+                        if not _are_equal(arrays[root][-1], _as_leaf(call, name, leaf, tensor_of(name))):
+                            raise StructureError(
+                                f"{call}: {found[0]}, {name}: expected equal values, because the model has one tensor "
+                                "under both names (tied weights), got different ones. Remove one of them."
+                            )
                 elif leaf.trainable or flat_name(leaf.slots[0]) in own:
                     missing.append(flat_name(leaf.slots[0]))
                 elif slots[leaf.slots[0]].is_meta:
@@ -205,17 +257,42 @@ def params_from_state_dict(model: nn.Module, state_dict: Any, *, with_state: boo
                     arrays[root].append(t2j(slots[leaf.slots[0]], copy=True))
     if missing:
         raise MissingLeafError(
-            f"{call}: {listed(missing)}: missing. Expected the names of `model.state_dict()`, got {len(names)} others."
+            f"{call}: {listed(missing)}: missing. Expected the names of `model.state_dict()`, {len(own)}, got "
+            f"{len(names)}, without these."
         )
     params, state = nest(layout.params, arrays["params"]), nest(layout.state, arrays["state"])
     return (params, state) if with_state else params
 
 
+def _advice_on_names(extra: Sequence[str], known: Collection[str]) -> str:
+    """What to do about names that a model lacks: take the prefix off that they all have, if that is all."""
+    for name in sorted(known, key=len, reverse=True):
+        prefix = extra[0].removesuffix(name)
+        if prefix != extra[0] and all(e.startswith(prefix) and e.removeprefix(prefix) in known for e in extra):
+            return (
+                f"Its names begin with `{prefix}`: pass "
+                f"`{{name.removeprefix({prefix!r}): tensor for name, tensor in state_dict.items()}}`."
+            )
+    return "Remove it from the dict, or pass the model that it belongs to."
+
+
+def _are_equal(a: jax.Array, b: jax.Array) -> bool:
+    return np.array_equal(np.asarray(a), np.asarray(b), equal_nan=jnp.issubdtype(a.dtype, jnp.inexact))
+
+
 @contextlib.contextmanager
-def _opened(call: str, source: Any) -> Iterator[tuple[Collection[str], Callable[[str], Any]]]:
+def _opened(call: str, source: Any, prefix: str) -> Iterator[tuple[Collection[str], Callable[[str], Any]]]:
     """The names in a state dict or file, and a function that reads one of them."""
     if isinstance(source, Mapping):
-        yield source.keys(), source.__getitem__
+        if any(isinstance(value, Mapping) for value in source.values()):
+            raise LeafTypeError(
+                f"{call}: state_dict: expected tensors by flat names, got nested dicts. If they are parameters of a "
+                "converted model, they are what this call would return; `load_params` writes them into a torch model."
+            )
+        if prefix and source and all(name.startswith(prefix) for name in source):
+            yield {name.removeprefix(prefix) for name in source}, lambda name: source[prefix + name]
+        else:
+            yield source.keys(), source.__getitem__
         return
     if not isinstance(source, (str, os.PathLike)):
         raise LeafTypeError(
@@ -229,11 +306,32 @@ def _opened(call: str, source: Any) -> Iterator[tuple[Collection[str], Callable[
             f"{call}: expected the package safetensors, with which the file is read, which is not installed. Install "
             "it with `pip install safetensors`, or pass a dict."
         ) from error
-    with safetensors.safe_open(os.fspath(source), framework="pt") as file:
+    if not os.path.isfile(source):
+        raise StructureError(f"{call}: {os.fspath(source)}: expected a .safetensors file, got none, or a folder.")
+    try:
+        opened = safetensors.safe_open(os.fspath(source), framework="pt")
+    except safetensors.SafetensorError as error:
+        raise StructureError(
+            f"{call}: {os.fspath(source)}: expected a .safetensors file, got another, or a broken one ({error}). What "
+            "`torch.save` wrote comes by `torch.load(path, weights_only=True)`."
+        ) from error
+    with opened as file:
         yield set(file.keys()), file.get_tensor
 
 
+def _check_concrete(call: str, name: str, value: Any) -> None:
+    if isinstance(value, jax.core.Tracer):
+        raise LeafTypeError(
+            f"{call}: {name}: expected an array with values, got a tracer. Call it outside of `jax.jit` and `jax.grad`."
+        )
+
+
 def _as_leaf(call: str, name: str, leaf: Leaf, value: Any) -> jax.Array:
+    _check_concrete(call, name, value)
+    if isinstance(value, torch.Tensor) and not (is_dense(value) and not value.is_meta):
+        raise LeafTypeError(
+            f"{call}: {name}: expected a dense tensor with values, got one of layout {value.layout} on {value.device}."
+        )
     tensor = value if isinstance(value, torch.Tensor) else j2t(as_array(call, lambda: name, value), copy=True)
     if tuple(tensor.shape) != leaf.shape:
         raise StructureError(f"{call}: {name}: expected shape {leaf.shape}, got {tuple(tensor.shape)}.")
@@ -259,6 +357,10 @@ _COLLECTIONS = ("batch_stats", "buffers")  # in which Linen and NNX have the buf
 
 def _trees_of(layout: Layout, params: Any, state: Any) -> _Trees:
     """What a framework holds, taken apart."""
+    if type(params) is tuple and state is None:  # what a converter returned, with the function or class or without
+        parts = [part for part in params if not isinstance(part, (type, types.FunctionType))]
+        if len(parts) in (1, 2):
+            params, state = parts[0], parts[1] if len(parts) == 2 else None
     if callable(split := getattr(params, "_trees_of_torch", None)):  # a module of one of the adapters
         params, state = split(state)
     params, state = _plain(params), _plain(state)
@@ -294,6 +396,7 @@ def _merged(trees: Sequence[Any]) -> Any:
 
 def _tensors_by_slot(call: str, model: nn.Module, params: Any, state: Any) -> dict[Slot, torch.Tensor]:
     check_module(call, model)
+    model, _ = unwrapped(model)
     layout = layout_of(model)
     given = _trees_of(layout, params, state)
     trees = [("params", layout.params, given.params)]
@@ -314,7 +417,9 @@ def _tensors_by_slot(call: str, model: nn.Module, params: Any, state: Any) -> di
                     f"{call}: {address(root, leaf)}: expected {narrowed(leaf.dtype)}, got {value.dtype}. Cast it with "
                     "`.astype(...)` first, or cast the torch model with `.to(...)`."
                 )
+            _check_concrete(call, address(root, leaf), value)
             device = slots[leaf.slots[0]].device
+            device = torch.device("cpu") if device.type == "meta" else device
             tensor = j2t(value, copy=True).to(device=device, dtype=leaf.dtype)
             tensors.update(dict.fromkeys(leaf.slots, tensor))
     statistics = [address("state", leaf) for leaf in layout.state if leaf.statistic]
@@ -349,7 +454,7 @@ def trainable_mask(model: nn.Module) -> dict[str, Any]:
         {'weight': True, 'bias': False}
     """
     check_module("trainable_mask", model)
-    leaves = layout_of(model).params
+    leaves = layout_of(unwrapped(model)[0]).params
     return nest(leaves, (leaf.trainable for leaf in leaves))
 
 
@@ -373,6 +478,16 @@ def label_params(params: Any, rules: Mapping[str, str], default: str) -> dict[st
         >>> label_params(params, {"encoder.norm": "frozen", "encoder": "slow"}, "fast")
         {'encoder': {'norm': {'bias': 'frozen'}, 'linear': {'bias': 'slow'}}, 'head': {'bias': 'fast'}}
     """
+    if not isinstance(params, Mapping):
+        raise LeafTypeError(
+            f"label_params: params: expected a nested dict of arrays, got {type(params).__name__}. Of an NNX or "
+            "Equinox module pass its `params`."
+        )
+    if not isinstance(rules, Mapping) or not all(isinstance(pattern, str) for pattern in rules):
+        raise LeafTypeError(
+            f"label_params: rules: expected a dict of labels by pattern, got {rules!r}. A pattern is a dotted path: "
+            f"{_example_patterns(params)}."
+        )
     used: set[str] = set()
 
     def label(path: Path, node: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 
 from pytorch2jax._arguments import parameters_of, take_apart
 from pytorch2jax._engines import run as run_program
-from pytorch2jax._errors import LeafTypeError, OptionError
+from pytorch2jax._errors import ConversionError, LeafTypeError, OptionError
 from pytorch2jax._function import TorchFunction
 from pytorch2jax._inference import Surroundings
 from pytorch2jax._options import (
@@ -142,6 +142,11 @@ def torch2jax(
         fn = torch_fn
     if fn is None or not callable(fn):
         raise LeafTypeError(f"torch2jax: expected a torch callable, got {type(fn).__name__}.")
+    if isinstance(fn, type) and issubclass(fn, torch.nn.Module):
+        raise ConversionError(
+            f"torch2jax: expected a torch callable, got the class `{fn.__name__}`: pass an instance, "
+            f"`{fn.__name__}(...)`."
+        )
     name = _name(fn)
     takes_rng = all(parameter.name != "rng" for parameter in parameters_of(fn) or ())
     examples = Examples.of(example_args, example_kw or {})

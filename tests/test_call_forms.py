@@ -12,6 +12,7 @@ import transformers
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec as P
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
 
 from pytorch2jax import (
     ConversionError,
@@ -63,6 +64,53 @@ def test_methods(backend):
             np.testing.assert_allclose(call(t2j(x), scale=2.0), expected)
     for given, options in ((model.forward, {}), (model, {"method": "forward"}), (model, {"method": "__call__"})):
         np.testing.assert_allclose(_calls(given, backend=backend, **options)["jax"](t2j(x)), model(x).detach())
+
+
+class _Renamed(nn.Module):
+    """A method under another name than its own, and one that a child class overrides."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def encode(self, x):
+        return self.first(x)
+
+    kept = encode
+
+
+class _Overriding(_Renamed):
+    def encode(self, x):
+        return self.second(x) * 100
+
+
+@pytest.mark.parametrize("as_option", [False, True])
+def test_a_method_is_itself_and_not_another_of_its_name(as_option):
+    model = _Overriding().double()
+    x = torch.ones(2, 3, dtype=torch.float64)
+    method = model.kept
+    apply, params = convert_pytnn_to_jax(model, method=method) if as_option else convert_pytnn_to_jax(method)
+    np.testing.assert_allclose(apply(params, jnp.ones((2, 3))), model.kept(x).detach())
+    apply, params = convert_pytnn_to_jax(model, method=_Overriding.encode)
+    np.testing.assert_allclose(apply(params, jnp.ones((2, 3))), model.encode(x).detach())
+
+
+def test_methods_that_the_module_does_not_have():
+    class Child(Autoencoder):
+        def encode(self, x):
+            return self.down(x) * 100
+
+    child, model = Child(), _Overriding()
+    with pytest.raises(OptionError, match="expected a method that Child has, got 'encode'"):
+        convert_pytnn_to_jax(super(Child, child).encode)
+    with pytest.raises(OptionError, match="expected a method that Child has, got 'encode'"):
+        convert_pytnn_to_jax(child, method=Autoencoder.encode)
+    with pytest.raises(OptionError, match="of another _Overriding"):
+        convert_pytnn_to_jax(model, method=_Overriding().encode)
+    with pytest.raises(OptionError, match="expected one method, got the bound method `encode` and 'kept'"):
+        convert_pytnn_to_jax(model.encode, method="kept")
+    with pytest.raises(OptionError, match="submodule `first`"):
+        convert_pytnn_to_jax(model, method="first")
 
 
 def test_what_is_no_method():
@@ -310,3 +358,28 @@ def test_caches_of_sliding_windows(jitted, backend):
         expected = model(token, past_key_values=expected.past_key_values)
         found = run(params, t2j(token), past_key_values=found.past_key_values)
         np.testing.assert_allclose(found.logits, expected.logits.detach(), atol=1e-6)  # in parts in single precision
+
+
+@pytest.mark.parametrize("backend", ["torch", "xla"])
+def test_outputs_of_transformers_pass_through_equinox(backend):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(2, 2)
+
+        def forward(self, x):
+            return BaseModelOutput(last_hidden_state=self.fc(x), attentions=(x, x + 1))
+
+    model = Model().double()
+    module = convert_pytnn_to_equinox(model, backend=backend)
+    expected = model.fc(torch.ones(1, 2, dtype=torch.float64)).detach()
+    out = module(jnp.ones((1, 2)))
+    arrays, others = eqx.partition(out, eqx.is_array)
+    assert list(eqx.combine(arrays, others)) == ["last_hidden_state", "attentions"]
+    out = eqx.filter_jit(module)(jnp.ones((1, 2)))
+    np.testing.assert_allclose(out.last_hidden_state, expected)
+    assert list(out) == ["last_hidden_state", "attentions"]
+    out = eqx.filter_vmap(module)(jnp.ones((3, 1, 2)))
+    assert out.last_hidden_state.shape == (3, 1, 2)
+    nothing = jax.tree.map(lambda _: None, out)
+    assert jax.tree.structure(nothing, is_leaf=lambda x: x is None) == jax.tree.structure(out)

@@ -330,7 +330,7 @@ def test_an_error_of_the_function_at_trace_time():
         raise KeyError("no such thing")
 
     with pytest.raises(
-        InferenceError, match=r"fn: running it once.*KeyError: 'no such thing'.*(?s:.*)output_shapes"
+        InferenceError, match=r"fn: running it once.*KeyError: 'no such thing'.*(?s:.*)Check the arguments"
     ) as info:
         torch2jax(fn)(jnp.ones(2))
     assert isinstance(info.value.__cause__, KeyError)

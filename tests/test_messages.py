@@ -73,7 +73,7 @@ def test_names_signatures_and_docstrings():
     assert str(inspect.signature(apply)) == "(params, x, *, temperature=1.0, rng=None, train=False, **extra)"
     assert "Gives scores." in apply.__doc__
     assert "Gives scores." in convert_pytnn_to_flax(Scorer())[0].__doc__
-    assert "torch_call[program=Scorer]" in str(jax.make_jaxpr(apply)(params, jnp.ones(1000)))
+    assert "torch_call[Scorer]" in str(jax.make_jaxpr(apply)(params, jnp.ones(1000)))
     assert "jit_Scorer" in jax.jit(apply).lower(params, jnp.ones(1000)).as_text()
 
     def halve(x):
@@ -81,6 +81,13 @@ def test_names_signatures_and_docstrings():
         return x / 2
 
     converted = torch2jax(halve)
+    for convert in (convert_pytnn_to_nnx, convert_pytnn_to_equinox):
+        module = convert(Scorer())
+        assert "Gives scores." in module.__doc__
+        assert "convert_pytnn_to" in type(module).__doc__
+    signature = inspect.signature(convert_pytnn_to_nnx(Scorer()))
+    assert str(signature).startswith("(x, *, temperature=1.0, ")
+    assert inspect.signature(type(convert_pytnn_to_nnx(Scorer())))
     assert repr(converted) == f"TorchFunction({halve.__qualname__}, backend='torch')"
     assert repr(torch2jax(nn.Linear(1, 1), backend="xla")) == "TorchFunction(Linear, backend='xla')"
     assert copy.deepcopy(converted) is converted
@@ -351,3 +358,60 @@ def test_old_keywords_and_the_module():
     with pytest.raises(OptionError, match="expected `fn` or `torch_fn`, got both"):
         torch2jax(torch.neg, torch_fn=torch.neg)
     assert compile_and_import_module() is pytorch2jax
+
+
+@pytest.mark.parametrize("value", [jnp.array(True), "no"])
+def test_a_flag_of_equinox_that_is_no_bool(value):
+    module = convert_pytnn_to_equinox(nn.Dropout())
+    with pytest.raises(OptionError, match="`inference` has to be a Python bool"):
+        module(jnp.ones(3), inference=value)
+    with pytest.raises(OptionError, match='`inference` has to be a Python bool.*static_argnames="inference"'):
+        jax.jit(lambda x, flag: module(x, inference=flag))(jnp.ones(3), True)
+
+
+class ReadsValues(nn.Module):
+    def forward(self, x):
+        assert x.min().item() > 0.5, "only positive inputs"
+        return x * 2
+
+
+def test_advice_fits_the_failure():
+    apply, params = convert_pytnn_to_jax(ReadsValues(), example_args=(jnp.ones((5, 3)),))
+    with pytest.raises(InferenceError, match=r"reads values.*not specs.*of the shapes of the call"):
+        jax.jit(apply)(params, -jnp.ones((7, 3)))
+    apply, params = convert_pytnn_to_jax(nn.Linear(3, 2).double())
+    for args, kwargs in (((jnp.ones((2, 4)),), {}), ((jnp.ones((2, 3)),), {"mask": None}), ((), {})):
+        with pytest.raises(InferenceError, match="Check the arguments") as info:
+            apply(params, *args, **kwargs)
+        assert "example_args" not in str(info.value)
+    apply, params = convert_pytnn_to_jax(ReadsValues(), output_shapes=(5, 4))
+    with pytest.raises(Exception, match=r"as declared with `output_shapes`, got .*Declare that") as info:
+        jax.jit(apply)(params, jnp.ones((5, 3)))
+    with pytest.raises(OptionError, match=r"example_args=\(x,\)"):
+        convert_pytnn_to_jax(ReadsValues(), example_args=jnp.ones(3))
+    with pytest.raises(ConversionError, match=r"got the class `Scorer`: pass an instance"):
+        torch2jax(Scorer)
+
+
+@pytest.mark.parametrize(
+    ("convert", "wanted", "unwanted"),
+    [
+        (lambda m: convert_pytnn_to_equinox(m, with_state=False), "`inference=True`", "train"),
+        (convert_pytnn_to_nnx, "`rngs=nnx.Rngs", "new key"),
+    ],
+    ids=["equinox", "nnx"],
+)
+def test_what_a_random_model_asks_for(convert, wanted, unwanted):
+    module = convert(nn.Dropout())
+    options = {"inference": False} if "inference" in wanted else {"train": True}
+    with pytest.raises(StateError, match=wanted) as info:
+        module(jnp.ones(3), **options)
+    assert unwanted not in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("params", "rules"), [({"a": jnp.ones(1)}, ["a"]), ({"a": jnp.ones(1)}, {("a", "b"): "x"}), (3, {"a": "x"})]
+)
+def test_labels_of_other_types(params, rules):
+    with pytest.raises(StructureError, match="label_params: (rules|params): expected"):
+        label_params(params, rules, "rest")

@@ -140,6 +140,7 @@ ORDER = [
     "_containers",
     "_trees",
     "_nesting",
+    "_profiling",
     "_torch_state",
     "_threads",
     "_composite",

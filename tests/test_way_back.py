@@ -28,6 +28,7 @@ from pytorch2jax import (
     load_params,
     params_from_state_dict,
     params_to_state_dict,
+    trainable_mask,
 )
 
 
@@ -227,3 +228,131 @@ def test_a_state_dict_in_the_place_of_params_is_recognised():
     for call in (lambda: apply(model.state_dict(), X), lambda: load_params(model, model.state_dict(), state=False)):
         with pytest.raises(MissingLeafError, match=r"expected nested dicts.*flat names.*params_from_state_dict"):
             call()
+
+
+# -- what wraps a model, hooks, and what cannot be written to ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_wrapped_models_have_a_way_back_with_their_own_names(wrap):
+    model = wrap(Net())
+    _, params, state = convert_pytnn_to_jax(model, with_state=True)
+    doubled = jax.tree.map(lambda p: p * 2, params)
+    expected = {name: tensor.clone().numpy() for name, tensor in model.state_dict().items()}
+    back = params_to_state_dict(model, doubled, state)
+    assert back.keys() == expected.keys()
+    load_params(model, doubled, state)
+    for name, tensor in model.state_dict().items():
+        factor = 2 if "running" not in name and "tracked" not in name and "scale" not in name else 1
+        np.testing.assert_array_equal(tensor, expected[name] * factor)
+        np.testing.assert_array_equal(back[name], tensor)
+    for source in (model.state_dict(), Net().state_dict()):
+        again = params_from_state_dict(model, source)
+        assert jax.tree.structure(again) == jax.tree.structure(params)
+    assert jax.tree.structure(trainable_mask(model)) == jax.tree.structure(params)
+
+
+def test_entries_that_hooks_of_state_dicts_make():
+    class Hooked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+            self._register_state_dict_hook(self._rename)
+
+        @staticmethod
+        def _rename(module, state_dict, prefix, local):
+            state_dict["renamed"] = state_dict.pop("fc.weight")
+            state_dict["twice"] = state_dict["renamed"] * 2
+
+    model = Hooked()
+    before = model.fc.weight.clone()
+    _, params = convert_pytnn_to_jax(model)
+    found = params_to_state_dict(model, jax.tree.map(lambda p: p * 0 + 7, params))
+    assert {name: tensor.unique().tolist() for name, tensor in found.items()} == {
+        "fc.bias": [7.0],
+        "renamed": [7.0],
+        "twice": [14.0],
+    }
+    assert torch.equal(model.fc.weight, before)
+
+
+def test_models_that_cannot_hold_the_values():
+    _, params = convert_pytnn_to_jax(nn.Linear(3, 2))
+    with torch.device("meta"):
+        empty = nn.Linear(3, 2)
+    with pytest.raises(ConversionError, match=r"load_params: weight: .*meta device.*to_empty"):
+        load_params(empty, params)
+    assert params_to_state_dict(empty, params)["bias"].device.type == "cpu"
+    model = nn.Linear(3, 2)
+    model.bias = nn.Parameter(torch.zeros(1).expand(2))
+    before = model.weight.clone()
+    with pytest.raises(ConversionError, match=r"load_params: bias: .*share memory"):
+        load_params(model, params)
+    assert torch.equal(model.weight, before)
+
+
+def test_an_equinox_module_without_state_has_the_statistics_of_its_conversion():
+    norm = nn.BatchNorm1d(3).train()
+    norm(torch.randn(8, 3) * 3 + 5)
+    module = convert_pytnn_to_equinox(norm)
+    new = load_params(nn.BatchNorm1d(3), module)
+    assert torch.equal(new.running_mean, norm.running_mean)
+    assert torch.equal(params_to_state_dict(nn.BatchNorm1d(3), module)["running_var"], norm.running_var)
+
+
+def test_tied_names_with_different_values():
+    model = Net()
+    names = dict(model.state_dict())
+    names["outer.weight"] = names["inner.weight"] + 1
+    with pytest.raises(StructureError, match=r"inner\.weight, outer\.weight: expected equal values.*tied"):
+        params_from_state_dict(model, names)
+
+
+def test_the_whole_result_of_a_converter():
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    apply, params, state = convert_pytnn_to_jax(model, with_state=True)
+    for given in ((apply, params, state), (params, state), (convert_pytnn_to_flax(model)[0], params, state)):
+        assert load_params(model, given) is model
+    assert load_params(model, convert_pytnn_to_equinox(model, with_state=True)) is model
+    assert load_params(nn.Linear(3, 2), convert_pytnn_to_jax(nn.Linear(3, 2)))
+
+
+@pytest.mark.parametrize(
+    ("source", "match"),
+    [
+        ({"module.weight": torch.ones(3, 2), "module.bias": torch.ones(3)}, r"begin with `module\.`.*removeprefix"),
+        ({"0": {"weight": torch.ones(3, 2)}}, "nested dicts.*load_params"),
+        ("nowhere.safetensors", "nowhere.safetensors: expected a .safetensors file, got none"),
+        (__file__, "expected a .safetensors file, got another, .*torch.load"),
+        ({"weight": torch.ones(3, 2), "bias": torch.ones(3).to_sparse()}, "bias: expected a dense tensor"),
+        ({"weight": torch.ones(3, 2)}, "bias: missing.*got 1, without these"),
+    ],
+)
+def test_sources_that_are_no_state_dict_of_the_model(source, match):
+    with pytest.raises(StructureError, match=match):
+        params_from_state_dict(nn.Linear(2, 3), source)
+
+
+def test_the_way_back_under_jit():
+    _, params = convert_pytnn_to_jax(nn.Linear(2, 3))
+    with pytest.raises(LeafTypeError, match=r"load_params: params\.weight: .*got a tracer.*outside"):
+        jax.jit(lambda p: load_params(nn.Linear(2, 3), p).weight)(params)
+    with pytest.raises(LeafTypeError, match=r"params_from_state_dict: weight: .*got a tracer"):
+        jax.jit(lambda w: params_from_state_dict(nn.Linear(2, 3), {"weight": w, "bias": jnp.ones(3)}))(jnp.ones((3, 2)))
+
+
+def test_a_state_dict_in_the_place_of_variables():
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    module, _ = convert_pytnn_to_flax(model)
+    x = jnp.ones((4, 3), jnp.float32)
+    variables = module().init(jax.random.key(0), x)
+    with pytest.raises(MissingLeafError, match="flat names.*params_from_state_dict"):
+        module().apply({**variables, "params": model.state_dict()}, x)
+    with pytest.raises(MissingLeafError, match=r"batch_stats\.1\.running_mean.*missing.*all variables"):
+        module().apply({"params": variables["params"]}, x)
+
+
+def test_a_state_dict_in_the_place_of_an_nnx_state():
+    module = convert_pytnn_to_nnx(nn.Sequential(nn.Linear(3, 2)))
+    with pytest.raises(StructureError, match=r"0\.weight: .*state_dict.*params_from_state_dict"):
+        nnx.update(module, {"0.weight": jnp.ones((2, 3))})

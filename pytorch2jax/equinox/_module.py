@@ -10,7 +10,7 @@ import torch
 import wadler_lindig
 
 from pytorch2jax._errors import StateError
-from pytorch2jax._module import ConvertedModule
+from pytorch2jax._module import ConvertedModule, FromTorch
 from pytorch2jax._options import Backend, ConverterOptions
 
 
@@ -105,7 +105,7 @@ def convert_pytnn_to_equinox(
 
 
 class TorchModule(eqx.Module):
-    """What `convert_pytnn_to_equinox` returns; see there."""
+    __doc__ = FromTorch("What `convert_pytnn_to_equinox` returns; see there.", ConvertedModule.doc)
 
     params: dict[str, Any]
     inference: bool | None
@@ -124,9 +124,11 @@ class TorchModule(eqx.Module):
         if state is None and args and isinstance(args[-1], eqx.nn.State):
             args, state = args[:-1], args[-1]
         inference = self.inference if options["inference"] is None else options["inference"]
+        if type(inference) is not bool:
+            inference = self.torch_module.checked_flag("inference", inference)
         train = None if inference is None else not inference
         old = None if self.state_index is None else self._checked(state).get(self.state_index)
-        argument = "key=jax.random.key(...)"
+        argument = "`key=jax.random.key(...)`, a new key for each call"
         out, new = self.torch_module.apply(
             self.params, old, args, kwargs, rng=options["key"], train=train, rng_argument=argument
         )
@@ -143,7 +145,7 @@ class TorchModule(eqx.Module):
     def _trees_of_torch(self, state: Any) -> tuple[Any, Any]:
         """The parameters and buffers, for the way back to torch."""
         if self.state_index is None and state is None:
-            return self.params, False  # its buffers are those of the conversion
+            return self.params, self.torch_module.initial_state()
         if isinstance(state, eqx.nn.State) and self.state_index is not None:
             state = state.get(self.state_index)
         return self.params, state

@@ -19,7 +19,7 @@ import torch
 from pytorch2jax._errors import ConversionError, MissingLeafError, StateError
 from pytorch2jax._module import ConvertedModule
 from pytorch2jax._options import Backend
-from pytorch2jax._params import Leaf, Path, flatten, leaf_in, nest
+from pytorch2jax._params import Leaf, Path, address, leaf_in, listed, nest
 
 _PARAMS = "params"
 _STATISTICS = "batch_stats"
@@ -157,7 +157,7 @@ class _TorchModule(nn.Module, metaclass=_ConvertedClass):
         state, places = self._state_from(given)
 
         def call(rng: Any) -> tuple[Any, Any]:
-            argument = "rngs={'dropout': jax.random.key(...)}"
+            argument = "`rngs={'dropout': jax.random.key(...)}`, a new key for each call"
             return self.torch_module.apply(params, state, args, kwargs, rng=rng, rng_argument=argument, **options)
 
         # What Linen itself falls back on in `init` is the key for the parameters.
@@ -194,7 +194,11 @@ class _TorchModule(nn.Module, metaclass=_ConvertedClass):
             if not found and leaf.statistic:
                 missing.append(leaf)
         if missing:
-            flatten(self.torch_module.name, _STATISTICS, missing, {})  # raises, with all of their names
+            raise MissingLeafError(
+                f"{self.torch_module.name}: {listed([address(_STATISTICS, leaf) for leaf in missing])}: missing. "
+                "Expected all variables that `init` returned, with the running statistics: "
+                '`apply({"params": params, "batch_stats": batch_stats}, ...)`.'
+            )
         return nest(leaves, values), places
 
     def _store(self, old: dict[str, Any], new: dict[str, Any], places: dict[Path, str]) -> None:
@@ -236,7 +240,8 @@ def _note_submodules(module: _TorchModule) -> None:
 def _own(leaves: tuple[Leaf, ...], tree: Any) -> dict[str, Any]:
     """The part of a collection that belongs to these leaves; a parent may share its scope with others."""
     names = {leaf.path[0] for leaf in leaves}
-    return {name: subtree for name, subtree in tree.items() if name in names}
+    own = {name: subtree for name, subtree in tree.items() if name in names}
+    return own if own or not leaves else dict(tree)  # flat names of a state_dict, say, about which errors tell
 
 
 def _copied(tree: Any) -> Any:

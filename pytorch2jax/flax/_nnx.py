@@ -11,8 +11,8 @@ import torch
 from flax import nnx
 from flax.nnx import reprlib
 
-from pytorch2jax._errors import ConversionError, RandomnessError
-from pytorch2jax._module import ConvertedModule
+from pytorch2jax._errors import ConversionError, RandomnessError, StructureError
+from pytorch2jax._module import ConvertedModule, FromTorch
 from pytorch2jax._options import Backend
 from pytorch2jax._params import leaf_in, nest
 
@@ -93,8 +93,12 @@ def convert_pytnn_to_nnx(
     return TorchModule(converted, example, rngs)
 
 
+_RNGS = "`rngs=nnx.Rngs(0)`, to the conversion or to the call"
+
+
 class TorchModule(nnx.Module):
-    """What `convert_pytnn_to_nnx` returns; see there."""
+    __doc__ = FromTorch("What `convert_pytnn_to_nnx` returns; see there.", ConvertedModule.doc)
+    __signature__ = FromTorch(None, ConvertedModule.signature)
 
     def __init__(self, converted: ConvertedModule, example: tuple[Any, Any] | None, rngs: nnx.Rngs | None) -> None:
         kept, others = converted.split_state(example)
@@ -115,7 +119,7 @@ class TorchModule(nnx.Module):
         key = None if source is None else functools.partial(self._key, source)
         state = self._state()
         out, new_state = self.torch_module.apply(
-            _values(self.params), _values(state), args, kwargs, rng=key, train=train, rng_argument="rngs=nnx.Rngs(0)"
+            _values(self.params), _values(state), args, kwargs, rng=key, train=train, rng_argument=_RNGS
         )
         for leaf in self.torch_module.layout.state:
             variable, value = leaf_in(state, leaf), leaf_in(new_state, leaf)
@@ -137,6 +141,12 @@ class TorchModule(nnx.Module):
                 "where nothing else can be put in its place. Replace it in the torch module before you convert that "
                 f"(`model.{name} = ...`; `torch.nn.Identity()` leaves it out), and call yours on what comes out. New "
                 "values go into `params`."
+            )
+        if "." in name:
+            raise StructureError(
+                f"TorchModule.{name}: expected the name of an attribute, got a name of a torch `state_dict`. "
+                "`params_from_state_dict(model, state_dict)` makes parameters of one, for "
+                "`nnx.update(module, {'params': params})`."
             )
         super().__setattr__(name, value)
 
