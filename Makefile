@@ -9,7 +9,7 @@ BENCH_STAMP := $(BENCH_VENV)/.installed
 PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-all test-rest stress endurance conformance conformance-xla versions lint format demo notebooks bench clean
+.PHONY: help env test test-all test-rest test-pure stress endurance conformance conformance-xla versions lint format demo notebooks bench clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -31,6 +31,10 @@ test-all: $(STAMP) ## Run the tests, all cases (twenty minutes)
 
 test-rest: $(STAMP) ## Run what `make test` leaves out of `make test-all`
 	$(PYTEST) -m exhaustive $(PYTEST_ARGS)
+
+test-pure: $(STAMP) ## Run some rooms without the C++ extension
+	PYTORCH2JAX_NATIVE=0 $(PYTEST) -m 'not exhaustive' tests/test_calls.py tests/test_errors.py tests/test_gradients.py \
+		tests/test_modules.py tests/test_training.py tests/test_odd_inputs.py $(PYTEST_ARGS)
 
 stress: $(STAMP) ## Compare thousands of random programs with the tape and without it (an hour)
 	PYTORCH2JAX_STRESS_PROGRAMS=3000 PYTORCH2JAX_PROGRAMS=3000 \

@@ -1,18 +1,17 @@
 """What XLA calls: view its buffers as tensors, run torch, write the outputs.
 
-This file is the only one that knows how a program gets into an XLA computation: on the host through `_ffi.py`, on a
-CUDA device through JAX's own `jax.experimental.buffer_callback`, which knows XLA's stream.
+This file is the only one that knows how a program gets into an XLA computation: on the host through `_ffi.py`; on a
+CUDA device, and where the extension is missing, through JAX's own `jax.experimental.buffer_callback`, which knows XLA's
+stream.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
-import ctypes
 import functools
 import itertools
 import math
-import operator
 import re
 import sys
 import threading
@@ -25,10 +24,11 @@ import torch
 
 from pytorch2jax._buffers import Buffers, HostBuffers, Views
 from pytorch2jax._errors import Pytorch2JaxError, TorchCallError
-from pytorch2jax._ffi import lower_host_call
+from pytorch2jax._ffi import lower_host_call, native
 from pytorch2jax._internals import (
     ExecutionContext,
     buffer_callback,
+    mlir,
     n_devices,
     set_grad_enabled,
     tensor_from_capsule,
@@ -39,6 +39,7 @@ from pytorch2jax._profiling import is_profiling, profiled
 from pytorch2jax._program import Program
 from pytorch2jax._threads import on_one_team
 from pytorch2jax._torch_state import flushes_subnormals, set_flushing
+from pytorch2jax._transfer import tensor_at
 
 
 def lower_on_host(context: Any, *operands: Any, program: Program) -> Any:
@@ -46,16 +47,42 @@ def lower_on_host(context: Any, *operands: Any, program: Program) -> Any:
 
     Copies: no input; each output once, into the buffer that XLA has for it, or not at all.
     """
+    if native() is None:
+        return _lower_by_callback(context, *operands, program=program)
     call = _HostCall(program, n_devices(context))
-    function = call if not program.is_large(_TEAM_BYTES) else lambda *at: on_one_team(functools.partial(call, *at))
-    return lower_host_call(
+    lowered, call.forget = lower_host_call(
         context,
         *operands,
-        function=function,
-        blank=call.blank,
+        function=call.on_addresses,
+        in_specs=program.in_specs,
         has_side_effect=_has_to_run(program),
         keeper=program.kept_by(),
     )
+    return lowered
+
+
+def can_be_partitioned(platform: str) -> bool:
+    """Whether XLA may split a call over several devices.
+
+    The program for one device is lowered while XLA compiles. JAX's own callbacks do not work there: they are numbered
+    by the program that they are lowered into, and JAX looks them up in the one around it.
+    """
+    return platform == "cpu" and native() is not None
+
+
+def _lower_by_callback(context: Any, *operands: Any, program: Program) -> Any:
+    """The same by `jax.experimental.buffer_callback`, where there is no extension."""
+    call = _HostCall(program, n_devices(context))
+
+    def staged(*arrays: Any) -> tuple[Any, ...]:
+        return _staged_callback(program, call.on_buffers, arrays)
+
+    return mlir.lower_fun(staged, multiple_results=True)(context, *operands)
+
+
+def _staged_callback(program: Program, function: Callable[..., None], arrays: Sequence[Any]) -> tuple[Any, ...]:
+    results = tuple(jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in program.out_specs)
+    return tuple(buffer_callback(function, results, has_side_effect=_has_to_run(program))(*arrays))
 
 
 def _has_to_run(program: Program) -> bool:
@@ -71,24 +98,48 @@ _TEAM_BYTES = 1 << 16  # less is not worth a second thread to torch
 
 
 class _HostCall:
-    """One program on the host, with tensors over the memory that XLA has used for it.
+    """One program on the host.
 
     Args:
         program: the program.
         n_devices: on how many devices XLA runs what it is part of.
+
+    Attributes:
+        forget: has tensors over the inputs made anew from the next call on.
     """
 
     def __init__(self, program: Program, n_devices: int) -> None:
+        self.forget: Callable[[], None] = lambda: None
         self._program = program
         self._n_devices = n_devices
-        self._inputs = [Views(spec) for spec in program.in_specs]
         self._outputs = [Views(spec) for spec in program.out_specs]
         self._shares_tensors = program.root.shares_tensors
         self._refusal = refusal(program.root.describe())
         self._profiler_name = f"torch_call[{program.describe()}]"
+        self._uses_team = program.is_large(_TEAM_BYTES)
         self._first = True
 
-    def __call__(self, inputs: Sequence[int], outputs: Sequence[int]) -> None:
+    def on_addresses(self, tensors: list[torch.Tensor], outputs: Sequence[int]) -> None:
+        """Run, on what the extension gives."""
+        buffers = HostBuffers(outputs, self._outputs)
+        if self._uses_team:
+            on_one_team(functools.partial(self.run, tensors, buffers))
+        else:
+            self.run(tensors, buffers)
+
+    def on_buffers(self, context: ExecutionContext, results: Sequence[Any], *arguments: Any) -> None:
+        """Run, on what `jax.experimental.buffer_callback` gives."""
+        if torch.is_inference_mode_enabled():  # in which tensors are made that autograd cannot use
+            with torch.inference_mode(False):
+                return self.on_buffers(context, results, *arguments)
+        tensors = [tensor_from_capsule(a.__dlpack__()) for a in arguments]
+        buffers = Buffers({i: tensor_from_capsule(r.__dlpack__()) for i, r in enumerate(results)})
+        if self._uses_team:
+            on_one_team(functools.partial(self.run, tensors, buffers))
+        else:
+            self.run(tensors, buffers)
+
+    def run(self, tensors: list[torch.Tensor], buffers: Buffers) -> None:
         program = self._program
         flushing = flushes_subnormals()
         if flushing is not program.root.flushes:
@@ -98,13 +149,11 @@ class _HostCall:
             try:
                 if torch.is_inference_mode_enabled():
                     with torch.inference_mode(False):
-                        return self(inputs, outputs)
+                        return self.run(self._outside_of_inference_mode(tensors), buffers)
                 if recording:
                     set_grad_enabled(False)
-                tensors = [*map(operator.getitem, self._inputs, inputs)]
                 if not self._shares_tensors:
                     tensors = [t.detach() for t in tensors]
-                buffers = HostBuffers(outputs, self._outputs)
                 if is_profiling():
                     with profiled(self._profiler_name):
                         program.deliver(tensors, buffers)
@@ -115,8 +164,7 @@ class _HostCall:
                     self._look_for_attributes(tensors)
             except BaseException as error:
                 program.abandon()
-                for views in self._inputs:  # somebody may have written to one
-                    views.clear()
+                self.forget()  # somebody may have written to one
                 if isinstance(error, KeyboardInterrupt):
                     raise
                 report = _report(program, error)
@@ -129,26 +177,21 @@ class _HostCall:
                 if flushing is not program.root.flushes:
                     set_flushing(flushing)
 
-    def blank(self, outputs: Sequence[int]) -> None:
-        """Fill the outputs with what ends most loops: NaN, with which no number compares, large integers, and false."""
-        for views, address in zip(self._outputs, outputs, strict=True):
-            is_inexact = views.dtype.is_floating_point or views.dtype.is_complex
-            byte = 0xFF if is_inexact else 0 if views.dtype is torch.bool else 0x7F
-            ctypes.memset(address, byte, views.n_bytes)
+    def _outside_of_inference_mode(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Tensors over the same memory that autograd can use; those made in inference mode it cannot."""
+        self.forget()
+        return [tensor_at(tensor.data_ptr(), tensor.nbytes, tensor.dtype, tuple(tensor.shape)) for tensor in tensors]
 
     def _look_for_attributes(self, tensors: Sequence[torch.Tensor]) -> None:
         """A tensor with attributes that a call has set must not be seen by the next one."""
         if any(vars(tensor) for tensor in tensors):
             self._shares_tensors = False
-            for views in self._inputs:
-                views.clear()
+            self.forget()
 
 
 def call_in_xla(program: Program, *arrays: Any) -> tuple[Any, ...]:
     """The implementation for CUDA, to be lowered: the same through `jax.experimental.buffer_callback`."""
-    results = tuple(jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in program.out_specs)
-    callback = buffer_callback(_device_call(program), results, has_side_effect=_has_to_run(program))
-    return tuple(callback(*arrays))
+    return _staged_callback(program, _device_call(program), arrays)
 
 
 def _device_call(program: Program) -> Callable[..., None]:

@@ -7,8 +7,6 @@ names of the two frameworks. `make versions` tests the lowest and the newest ver
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import dis
 import functools
 import logging
 import sys
@@ -56,7 +54,6 @@ __all__ = [
     "array_from_tensor",
     "axes_of_sharding",
     "batching",
-    "begins_without_signals",
     "buffer_callback",
     "current_trace",
     "custom_partitioning",
@@ -71,7 +68,6 @@ __all__ = [
     "has_memory",
     "has_only_host",
     "hold_weakly",
-    "interrupt_when_back",
     "io_callback",
     "is_any_autocast_enabled",
     "is_batched",
@@ -105,7 +101,6 @@ __all__ = [
     "storage_address",
     "storage_users",
     "tensor_from_capsule",
-    "threads_running",
     "torch_node_type",
     "torch_pytree",
     "trace_state_clean",
@@ -548,55 +543,6 @@ def is_python_thread(ident: int | None = None) -> bool:
     return known is not None and not isinstance(known, threading._DummyThread)  # one that has asked for its name
 
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def threads_running(function: Callable[..., Any]) -> set[int]:
-    """The threads that are inside of a call of a function, right now."""
-    found, code = set(), function.__code__
-    for thread, top in sys._current_frames().items():
-        frame: types.FrameType | None = top
-        while frame is not None and frame.f_code is not code:
-            frame = frame.f_back
-        if frame is not None:
-            found.add(thread)
-    return found
-
-
-def begins_without_signals(function: _Function) -> _Function:
-    """Change a function that `ctypes` calls back, so that it can catch what a signal raises.
-
-    Python looks for signals when a function begins, before its first `try`. What is raised there is printed by
-    `ctypes`, and the function's result is whatever was in memory.
-    """
-    original: types.CodeType = function.__code__
-    code = bytearray(original.co_code)
-    for at in range(0, len(code), 2):
-        if code[at] == dis.opmap["RESUME"]:
-            code[at + 1] = _RESUME_WITHOUT_SIGNALS
-            break
-    function.__code__ = original.replace(co_code=bytes(code))
-    return function
-
-
-_RESUME_WITHOUT_SIGNALS = 2  # as after `yield from`, where the innermost generator has looked
-
-
-class _InterruptWhenBack:
-    """`interrupt_when_back[thread]`: a `KeyboardInterrupt` in a thread of Python's, when it runs Python code next.
-
-    This is no function because Python looks for interrupts after a call, and not after a subscript: the code
-    that asks for the interrupt can still return.
-    """
-
-    __getitem__ = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_ulong, ctypes.py_object)(
-        ("PyThreadState_SetAsyncExc", ctypes.pythonapi), ((1, "thread"), (1, "exception", KeyboardInterrupt))
-    )
-
-
-interrupt_when_back: Any = _InterruptWhenBack()
-
-
 def is_held_elsewhere(tensor: torch.Tensor, references: int) -> bool:
     """Whether somebody else can reach a tensor's memory: another tensor, a reference, or its owner outside of torch.
 
@@ -764,6 +710,9 @@ def math_attention(*args: Any) -> Any:
     from torch._higher_order_ops.flex_attention import math_attention as function
 
     return function(*args)
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def outside_of_torch_compile(function: _Function) -> _Function:

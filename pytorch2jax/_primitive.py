@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pytorch2jax._bridge import call_in_xla, lower_on_host
+from pytorch2jax._bridge import call_in_xla, can_be_partitioned, lower_on_host
 from pytorch2jax._eager import check_floats, evaluate
 from pytorch2jax._errors import DeviceError, ExportError, ReplicationWarning
 from pytorch2jax._internals import (
@@ -113,12 +113,12 @@ def _bind(program: Program, *arrays: Any) -> list[Any]:
     return torch_call_p.bind(*arrays, program=program)
 
 
-def _lower_on_devices(lower: Any, context: Any, *operands: Any, program: Program) -> Any:
+def _lower_on_devices(lower: Any, platform: str, context: Any, *operands: Any, program: Program) -> Any:
     """The lowering rule, given that of one device: XLA may partition the computation by itself."""
     if is_export(context):
         return _lower_nowhere(context, *operands, program=program)
     n_devices = n_partitions(context)
-    if n_devices > 1 and program.root.shardable:
+    if n_devices > 1 and program.root.shardable and can_be_partitioned(platform):
         call, keeper = partitioned(program, _bind)
         context.module_context.add_keepalive(keeper)
         return mlir.lower_fun(call, multiple_results=True)(context, *operands)
@@ -127,10 +127,11 @@ def _lower_on_devices(lower: Any, context: Any, *operands: Any, program: Program
         results = [jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in program.out_specs]
         return mlir.lower_fun(functools.partial(io_callback, functools.partial(_draw, program), results))(context)
     if n_devices > 1 and program.root.first_time("replicated"):
+        advice = "Call" if program.root.shardable else "Say along which axes it can be split (`batch_axes=0`), or call"
         warnings.warn(
             f"{program.root.name}: the same call of torch runs on each of {n_devices} devices, on inputs that are "
-            "gathered there, because XLA cannot see into it. Say along which axes it can be split (`batch_axes=0`), or "
-            "call it inside `jax.shard_map`. The results are right.",
+            f"gathered there, because XLA cannot see into it. {advice} it inside `jax.shard_map`. The results are "
+            "right.",
             ReplicationWarning,
             stacklevel=2,
         )
@@ -152,8 +153,8 @@ def _staged(*arrays: Any, program: Program) -> tuple[Any, ...]:
 
 _lower_for_cuda = mlir.lower_fun(_staged, multiple_results=True)
 mlir.register_lowering(torch_call_p, _lower_nowhere)
-mlir.register_lowering(torch_call_p, functools.partial(_lower_on_devices, lower_on_host), platform="cpu")
-mlir.register_lowering(torch_call_p, functools.partial(_lower_on_devices, _lower_for_cuda), platform="cuda")
+mlir.register_lowering(torch_call_p, functools.partial(_lower_on_devices, lower_on_host, "cpu"), platform="cpu")
+mlir.register_lowering(torch_call_p, functools.partial(_lower_on_devices, _lower_for_cuda, "cuda"), platform="cuda")
 lower_with_devices(torch_call_p)
 
 

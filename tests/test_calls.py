@@ -362,22 +362,23 @@ def test_sparse_gradients():
 # -- XLA's interface ------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(_ffi.native() is None, reason="the extension counts them")
 def test_functions_are_forgotten_with_their_executables():
     class Callable:
         def __call__(self, x):
             return x + 1
 
     gc.collect()
-    before = len(_ffi._functions)
+    before = _ffi.native().number_of_calls()
     fn = Callable()
     seen = weakref.ref(fn)
     f = jax.jit(torch2jax(fn))
     f(SMALL)
-    assert len(_ffi._functions) == before + 1
+    assert _ffi.native().number_of_calls() == before + 1
     del f, fn
     jax.clear_caches()
     gc.collect()
-    assert len(_ffi._functions) <= before
+    assert _ffi.native().number_of_calls() <= before
     assert seen() is None
 
 
@@ -445,7 +446,7 @@ FORKED = """
 import os
 from pytorch2jax import _ffi
 child = os.fork()
-os.write(1, f"{_ffi._Lease(print, print).number}\\n".encode())
+os.write(1, f"{_ffi.new_number()}\\n".encode())
 if child:
     os.waitpid(child, 0)
 """

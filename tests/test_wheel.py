@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -50,14 +53,14 @@ def run(*command, **options):
 
 def builder(folder):
     """An interpreter that has the build backend: this one, or one in an environment of its own."""
-    if importlib.util.find_spec("hatchling"):
+    if importlib.util.find_spec("setuptools") and int(importlib.metadata.version("setuptools").split(".")[0]) >= 77:
         return sys.executable
     run(sys.executable, "-m", "venv", folder)
     python = folder / "bin" / "python"
-    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "hatchling>=1.26"]
+    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "setuptools>=77"]
     done = subprocess.run(install, capture_output=True, text=True, timeout=120, check=False)
     if done.returncode:
-        pytest.skip(f"hatchling cannot be had: {done.stderr[-300:]}")
+        pytest.skip(f"setuptools cannot be had: {done.stderr[-300:]}")
     return python
 
 
@@ -68,21 +71,44 @@ pytestmark = pytest.mark.exhaustive
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     python = builder(folder / "builder")
-    run(python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, ROOT)
+    return build(python, folder, os.environ)
+
+
+def build(python, folder, environment):
+    """A wheel of a copy of what is needed for it, since setuptools writes next to the sources."""
+    source = folder / "source"
+    for name in ("pytorch2jax", "native"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    command = [python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, source]
+    run(*command, env=environment)
+    shutil.rmtree(source)
     (found,) = folder.glob("*.whl")
     return found
 
 
+def extensions_in(wheel):
+    return [name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("pytorch2jax/_native.c")]
+
+
+def test_without_a_compiler_there_is_no_extension_in_the_wheel(tmp_path):
+    wheel = build(builder(tmp_path / "builder"), tmp_path, {**os.environ, "CC": "false", "CXX": "false"})
+    assert not extensions_in(wheel)
+
+
 def test_what_is_in_the_wheel(wheel):
-    assert wheel.name == f"pytorch2jax-{pytorch2jax.__version__}-py3-none-any.whl"
-    names = set(zipfile.ZipFile(wheel).namelist())
+    assert wheel.name.startswith(f"pytorch2jax-{pytorch2jax.__version__}-cp3")
+    names = set(zipfile.ZipFile(wheel).namelist()) - set(extensions_in(wheel))
+    assert len(extensions_in(wheel)) == bool(shutil.which("g++"))
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "pytorch2jax").rglob("*.py")}
     metadata = f"pytorch2jax-{pytorch2jax.__version__}.dist-info"
     assert {"pytorch2jax/flax/_linen.py", "pytorch2jax/equinox/__init__.py"} <= modules
     assert names == {
         *modules,
+        "pytorch2jax/_native.pyi",
         "pytorch2jax/py.typed",
-        *(f"{metadata}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE")),
+        *(f"{metadata}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE", "top_level.txt")),
     }
 
 
