@@ -9,13 +9,17 @@ import importlib.util
 import io
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from pytorch2jax._check import Report, check
-from pytorch2jax._errors import Pytorch2JaxError
+from pytorch2jax._check import Report, checked
+from pytorch2jax._check._machine import noticed_interrupts
+from pytorch2jax._errors import OptionError, Pytorch2JaxError
+
+_INTERRUPTED = 130  # what shells say of a program that Ctrl-C has ended
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,28 +29,52 @@ def main(argv: list[str] | None = None) -> int:
         argv: the arguments, or None for those of the process.
 
     Returns:
-        The exit status: 0, 1 where something differs from torch, 2 where the model could not be made or run.
+        The exit status: 0; 1 where something differs from torch; 2 where the model could not be made or run; 130 after
+        Ctrl-C, if nothing differs until then.
     """
     parser = argparse.ArgumentParser(prog="python -m pytorch2jax")
     command = parser.add_subparsers(dest="command", required=True).add_parser("check", help="what works, what it costs")
     command.add_argument(
-        "factory", help="module:function or file.py:function, which returns a model, or (model, args, kwargs)"
+        "factory",
+        nargs="?",
+        help="module:function or file.py:function, which returns a model, or (model, args), or (model, args, kwargs)",
     )
     command.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write the report as JSON")
     command.add_argument("--markdown", nargs="?", const="-", metavar="FILE", help="write the report as Markdown")
     command.add_argument("--no-timing", action="store_true", help="do not measure what it costs")
     options = parser.parse_args(argv)
+    if options.factory is None:
+        command.error("expected a factory (module:function), before `--json` and `--markdown`, which may name a file")
     try:
-        model, args, kwargs = _made(options.factory)
-        quiet = "-" in (options.json, options.markdown)
-        with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext():
-            report = check(model, *args, timing=not options.no_timing, **kwargs)
+        return _check(options)
     except (Pytorch2JaxError, _UsageError) as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("check: interrupted before there was a model.", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _check(options: argparse.Namespace) -> int:
+    for file in (options.json, options.markdown):
+        if file not in (None, "-") and not Path(file).parent.is_dir():
+            raise _UsageError(f"check: {file}: expected a file in a folder that exists.")
+    quiet = "-" in (options.json, options.markdown)
+    with contextlib.redirect_stdout(sys.stderr) if quiet else contextlib.nullcontext(), noticed_interrupts() as look:
+        model, args, kwargs = _made(options.factory)
+        look()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext():
+            report = checked(model, args, kwargs, timing=not options.no_timing)
+    except OptionError as error:
+        if kwargs or not (len(args) == 1 and isinstance(args[0], Mapping)):
+            raise
+        raise _UsageError(f"{error} (For keyword arguments: `return model, (), {{...}}`.)") from error
     _write(options.json, report.to_json() + "\n")
     _write(options.markdown, report.to_markdown())
-    return int(report.differs)
+    if report.differs:
+        return 1
+    return 0 if report.is_complete else _INTERRUPTED
 
 
 class _UsageError(Exception):
@@ -63,7 +91,7 @@ def _made(text: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
         made = factory if isinstance(factory, nn.Module) else factory()
     except Exception as error:  # whatever somebody else's code raises; a status of 1 would say that something differs
         raise _UsageError(f"check: {text}: {type(error).__name__}: {error}") from error
-    parts = made if isinstance(made, tuple) else (made,)
+    parts = made if isinstance(made, (tuple, list)) else (made,)
     model, args, kwargs = (*parts, *((), {})[len(parts) - 1 :]) if len(parts) <= 3 else (None, (), {})
     if not isinstance(model, nn.Module) or not isinstance(kwargs, dict):
         raise _UsageError(
@@ -77,7 +105,9 @@ def _module(where: str) -> Any:
     sys.path.insert(0, os.getcwd())
     if not where.endswith(".py"):
         return importlib.import_module(where)
-    spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+    file = Path(where)
+    sys.path.insert(0, str(file.resolve().parent))  # for what it imports, as for a program
+    spec = importlib.util.spec_from_file_location(f"{file.stem} (checked)", file)  # no module that there may be
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -90,7 +120,10 @@ def _write(file: str | None, text: str) -> None:
     if file == "-":
         print(text, end="")
     elif file is not None:
-        Path(file).write_text(text)
+        try:
+            Path(file).write_text(text)
+        except OSError as error:
+            raise _UsageError(f"check: {file}: expected a file that can be written, got {error}") from error
 
 
 __all__ = ["Report", "main"]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 AGREES, RAN, DIFFERS, REFUSED, NOT_APPLICABLE = "agrees", "ran", "differs", "refused", "not applicable"
+RUNS = (AGREES, RAN)  # what says that it works
 
 
 @dataclasses.dataclass
@@ -16,9 +17,9 @@ class Cell:
     """What came of one transformation with one engine.
 
     Attributes:
-        status: `"agrees"` with torch; `"ran"`, where there is nothing to compare with; `"differs"`; `"refused"`, which
-            is an error; or `"not applicable"`.
-        error: the largest difference from torch, relative to the largest value, or to 1 where all are smaller.
+        status: `"agrees"` with torch; `"ran"`, where values were not compared; `"differs"`; `"refused"`, which is an
+            error; or `"not applicable"`.
+        error: the largest difference from torch, relative to the largest value.
         tolerance: what counts as agreement.
         reason: why it is as it is, and the way out, where that needs to be said.
     """
@@ -30,6 +31,8 @@ class Cell:
 
     def short(self) -> str:
         """The cell in a few characters."""
+        if self.status == RAN:
+            return "ran, not compared"
         return f"{self.error:.0e}" if self.status == AGREES else self.status
 
 
@@ -44,20 +47,24 @@ class Found:
         frozen: names of parameters with `requires_grad=False`.
         buffers: names of buffers.
         trained_buffers: those that training changes.
+        made: names of parameters and buffers that the model does not have before its first call.
+        hooks: by kind (`"forward hooks"`), the names of the submodules or parameters that have some; `""` is the model.
         inputs, outputs: addresses, dtypes and shapes.
-        notes: randomness, values that are read, attributes that change, hand-written gradients, hooks.
+        notes: randomness, values that are read, attributes that change, hand-written gradients, double precision.
     """
 
-    parameters: int
-    parameter_bytes: int
-    dtypes: list[str]
-    tied: list[list[str]]
-    frozen: list[str]
-    buffers: list[str]
-    trained_buffers: list[str]
-    inputs: list[str]
-    outputs: list[str]
-    notes: list[str]
+    parameters: int = 0
+    parameter_bytes: int = 0
+    dtypes: list[str] = dataclasses.field(default_factory=list)
+    tied: list[list[str]] = dataclasses.field(default_factory=list)
+    frozen: list[str] = dataclasses.field(default_factory=list)
+    buffers: list[str] = dataclasses.field(default_factory=list)
+    trained_buffers: list[str] = dataclasses.field(default_factory=list)
+    made: list[str] = dataclasses.field(default_factory=list)
+    hooks: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    inputs: list[str] = dataclasses.field(default_factory=list)
+    outputs: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -69,8 +76,8 @@ class Cost:
         seconds: a call, the median of several.
         ratio: the median of the ratios to torch's time in the same round.
         compile_seconds: the first call, with tracing and compilation.
-        peak_bytes: by how much the memory of the process grew in a call at most, where the system tells.
-        copied_bytes: how much one call copies between the frameworks.
+        peak_bytes: by how much the memory of the process grew in a call at most; None where the system does not tell.
+        copied_bytes: how much one call copies between the frameworks; None where that is not known.
     """
 
     what: str
@@ -79,6 +86,10 @@ class Cost:
     compile_seconds: float
     peak_bytes: int | None
     copied_bytes: int | None
+
+    def short_ratio(self) -> str:
+        """The ratio in a few characters."""
+        return f"{self.ratio:.2f}" if self.ratio >= 0.1 else f"{self.ratio:.1g}"
 
 
 @dataclasses.dataclass
@@ -93,17 +104,19 @@ class Report:
             loops.
         torch_seconds: what torch itself takes, by computation.
         costs: by engine.
+        busy: why times are rough figures, where the machine had other things to do.
         advice: which engine to take, and what would make the model faster.
         is_complete: False where it was interrupted.
     """
 
     model: str
-    found: Found
+    found: Found = dataclasses.field(default_factory=Found)
     works: dict[str, dict[str, Cell]] = dataclasses.field(default_factory=dict)
     bridged: list[str] = dataclasses.field(default_factory=list)
     loops: list[str] = dataclasses.field(default_factory=list)
     torch_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     costs: dict[str, list[Cost]] = dataclasses.field(default_factory=dict)
+    busy: str = ""
     advice: list[str] = dataclasses.field(default_factory=list)
     is_complete: bool = True
 
@@ -152,13 +165,16 @@ class Report:
     def _facts(self) -> list[str]:
         found = self.found
         size = f"{found.parameters:,} numbers, {_bytes(found.parameter_bytes)}, {', '.join(found.dtypes) or 'none'}"
-        facts = [f"parameters: {size}"]
+        facts = [f"parameters: {size}"] if found.parameters or self.is_complete else []
         facts += [f"tied: {' = '.join(names)}" for names in found.tied]
         if found.frozen:
             facts.append(f"frozen: {_some(found.frozen)}")
         if found.buffers:
             changed = f"; training changes {_some(found.trained_buffers)}" if found.trained_buffers else ""
             facts.append(f"buffers: {_some(found.buffers)}{changed}")
+        if found.made:
+            facts.append(f"made by the first call, here that of a copy: {_some(found.made)}")
+        facts += [f"{kind}: {_some([name or 'the model' for name in names])}" for kind, names in found.hooks.items()]
         facts += [f"in: {_some(found.inputs)}", f"out: {_some(found.outputs)}"] if found.inputs or found.outputs else []
         return facts + found.notes
 
@@ -172,16 +188,17 @@ class Report:
                 cost.what,
                 engine,
                 _time(self.torch_seconds[cost.what]),
-                f"{cost.ratio:.2f}x",
+                f"{cost.short_ratio()}x",
                 _time(cost.compile_seconds),
-                "?" if cost.peak_bytes is None else _bytes(cost.peak_bytes),
-                "?" if cost.copied_bytes is None else _bytes(cost.copied_bytes),
+                "under 4 kB" if cost.peak_bytes == 0 else _bytes(cost.peak_bytes),  # which is a page
+                _bytes(cost.copied_bytes),
             ]
             for engine, found in self.costs.items()
             for cost in found
         ]
         header = ["", "engine", "torch", "beside torch", "first call", "memory", "copied"]
-        return [*tables, ("what it costs", header, costs)] if costs else tables
+        title = "what it costs" + (f"; rough figures: {self.busy}" if self.busy else "")
+        return [*tables, (title, header, costs)] if costs else tables
 
     def _cell(self, engine: str, row: str) -> str:
         cell = self.works[engine].get(row)
@@ -215,7 +232,9 @@ def _some(names: Sequence[str], n: int = 4) -> str:
     return (", ".join(names[:n]) or "nothing") + more
 
 
-def _bytes(n: int) -> str:
+def _bytes(n: int | None) -> str:
+    if n is None:
+        return "not measured"
     for size, unit in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
         if n >= size:
             return f"{n / size:.3g} {unit}"
