@@ -567,18 +567,13 @@ class Odd(nn.Module):
         return _Odd.apply(self.x, self.y)
 
 
-_OUTPUTS_LOSE_IT = pytest.mark.xfail(
-    strict=True, reason="in derivatives of second order, outputs of a hand-written Function have those of its forward"
-)
-
-
-@pytest.mark.parametrize("engine", ["torch", pytest.param("xla", marks=_OUTPUTS_LOSE_IT)])
+@pytest.mark.parametrize("engine", ["torch", "xla"])
 def test_a_straight_through_derivative_is_compared_with_double_backward(engine):
     report = check(Straight(), torch.randn(5, 3), timing=False)
     assert report.works[engine]["second order"].status == "agrees"
 
 
-@pytest.mark.parametrize("engine", ["torch", pytest.param("xla", marks=_OUTPUTS_LOSE_IT)])
+@pytest.mark.parametrize("engine", ["torch", "xla"])
 def test_second_order_of_gradients_that_are_those_of_no_function(engine):
     cell = check(Odd(), timing=False).works[engine]["second order"]
     assert cell.status == "agrees", cell.reason

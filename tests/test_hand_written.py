@@ -436,3 +436,72 @@ def test_distributions_that_torch_differentiates_once(sample):
     g = torch2jax(sample, backend="xla")
     pushed = jax.jvp(lambda a: g(a, rng=key), (a,), (t,))[1]
     np.testing.assert_allclose(pushed, jax.grad(lambda a: g(a, rng=key))(a) @ t, rtol=1e-5)
+
+
+# -- what comes out of a Function, in higher orders ------------------------------------------------------------------
+
+
+class StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return torch.sign(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+class Clipped(torch.autograd.Function):
+    """Its backward is not linear in the cotangent, and so has no forward mode."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.round(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.clamp(-3, 3) * 2
+
+
+class TwoOutputs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.floor(x), torch.sign(x)
+
+    @staticmethod
+    def backward(ctx, g, h):
+        (x,) = ctx.saved_tensors
+        return g + h * x
+
+
+@pytest.mark.parametrize("backend", ["torch", "xla"])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: (StraightThrough.apply(x) ** 2 * x).sum(),
+        lambda x: (StraightThrough.apply(StraightThrough.apply(x) * x) ** 3).sum(),
+        lambda x: (Clipped.apply(x) ** 2 * x).sum(),
+        lambda x: sum((a * b).sum() for a, b in zip(TwoOutputs.apply(x), TwoOutputs.apply(x * 2), strict=True)),
+    ],
+    ids=["straight through", "nested", "clipped", "two outputs"],
+)
+def test_outputs_have_the_written_derivative_in_all_orders(function, backend, request):
+    if request.node.callspec.id == "clipped-torch":
+        with pytest.raises(UnsupportedTransformError, match="Clipped: .*is not linear in what it gets"):
+            jax.hessian(torch2jax(function))(jnp.ones(3))
+        return
+    values = [0.5, -2.25, 3.5]
+    x = torch.tensor(values, dtype=torch.float64, requires_grad=True)
+    expected, value = [], function(x)
+    f = torch2jax(function, backend=backend)
+    found = [f]
+    for _ in range(3):
+        (value,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+        expected.append(value.detach())
+        if not value.requires_grad:
+            break
+        found.append(jax.grad(lambda x, f=found[-1]: f(x).sum()))
+    for derivative, wanted in zip(found[1:], expected, strict=False):
+        np.testing.assert_allclose(derivative(jnp.array(values)), wanted, rtol=1e-12)
+        np.testing.assert_allclose(jax.jit(derivative)(jnp.array(values)), wanted, rtol=1e-12)

@@ -232,7 +232,7 @@ class Subject:
         """A number that depends on all floating and complex outputs."""
         inexact = [as_real(o).double() for o in outputs if is_inexact(o)]
         parts = [(o * torch.cos(torch.arange(o.numel()).double()).reshape(o.shape)).sum() for o in inexact]
-        squares = [(o**2).sum() / max(1, o.numel()) for o in inexact]
+        squares = [(o**2).mean() for o in inexact if o.numel()]
         return sum((p / max(1, len(parts)) for p in parts), torch.zeros(())) + sum(squares, torch.zeros(()))
 
     def variables(self, tensors: Sequence[Any], parameters: Sequence[Any]) -> list[Any]:
@@ -328,7 +328,7 @@ def jax_loss(outputs: Sequence[jax.Array]) -> jax.Array:
     ]
     wide = [o.astype(jnp.promote_types(o.dtype, jnp.float32)) for o in inexact]
     parts = [(o * np.cos(np.arange(o.size)).reshape(o.shape).astype(o.dtype)).sum() for o in wide]
-    squares = [(o**2).sum() / max(1, o.size) for o in wide]
+    squares = [(o**2).mean() for o in wide if o.size]
     zero = jnp.zeros(())
     return sum((p / max(1, len(parts)) for p in parts), zero) + sum(squares, zero)
 

@@ -120,10 +120,14 @@ class CustomGradient(Unifiable):
         return tuple(env[v] for v in self._outputs), (kept, key)
 
     def _run_keeping(self, call: Any, primals: Any, around: Any, key: Any) -> tuple[Any, Any]:
-        outputs, (kept, key) = self._run(primals, around, key)
-        if self._kept_outputs:
-            outputs = call(primals, around, key)
-            kept = [outputs[self._kept_outputs[k]] if k in self._kept_outputs else v for k, v in enumerate(kept)]
+        """The outputs, with derivatives by the backward in all orders, and what the backward needs.
+
+        JAX differentiates what a rule returns once more for second order. The outputs are therefore those of another
+        call, and not of the bare forward, whose derivatives are others; XLA computes what both share once.
+        """
+        kept, key = self._run(primals, around, key)[1]
+        outputs = call(primals, around, key)
+        kept = [outputs[self._kept_outputs[k]] if k in self._kept_outputs else v for k, v in enumerate(kept)]
         return outputs, (kept, key)
 
     def _pull(self, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
