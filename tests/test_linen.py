@@ -60,18 +60,18 @@ def shapes(tree):
     return jax.tree.map(jnp.shape, tree)
 
 
-def test_init_gives_torchs_values_without_running_torch(model, converted):
+def test_init_gives_torchs_values_and_under_jit_without_running_torch(model, converted):
     module, params = converted
-    Model.runs = 0
-    for init in (module().init, jax.jit(module().init)):
+    for init, n_runs in ((module().init, 1), (jax.jit(module().init), 0)):
+        Model.runs = 0
         variables = init(KEY, X)
+        assert Model.runs == n_runs
         assert shapes(variables) == {
             "params": {"name": {"weight": (4, 3), "bias": (4,)}, "parent": {"weight": (4,), "bias": (4,)}},
             "batch_stats": {"parent": {"running_mean": (4,), "running_var": (4,), "num_batches_tracked": ()}},
             "buffers": {"variables": (4,)},
         }
         jax.tree.map(np.testing.assert_array_equal, variables["params"], params)
-    assert Model.runs == 0
     np.testing.assert_array_equal(params["name"]["weight"], model.name.weight.detach())
     assert shapes(jax.eval_shape(module().init, KEY, X)) == shapes(variables)
     assert module().lazy_init(KEY, jax.ShapeDtypeStruct(X.shape, X.dtype)).keys() == variables.keys()

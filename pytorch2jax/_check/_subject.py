@@ -230,9 +230,10 @@ class Subject:
 
     def loss(self, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """A number that depends on all floating and complex outputs."""
-        inexact = [as_real(o).double() for o in outputs if is_inexact(o)]
-        parts = [(o * torch.cos(torch.arange(o.numel()).double()).reshape(o.shape)).sum() for o in inexact]
-        squares = [(o**2).mean() for o in inexact if o.numel()]
+        inexact = [as_real(o) for o in outputs if is_inexact(o)]
+        # In double precision each for itself, so that gradients are rounded as those of `jax_loss`.
+        parts = [(o.double() * torch.cos(torch.arange(o.numel()).double()).reshape(o.shape)).sum() for o in inexact]
+        squares = [(o.double() ** 2).mean() for o in inexact if o.numel()]
         return sum((p / max(1, len(parts)) for p in parts), torch.zeros(())) + sum(squares, torch.zeros(()))
 
     def variables(self, tensors: Sequence[Any], parameters: Sequence[Any]) -> list[Any]:

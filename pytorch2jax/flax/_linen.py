@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copyreg
-import inspect
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from types import FrameType
 from typing import Any, ClassVar
 
 import flax.core.meta
@@ -58,10 +55,10 @@ def convert_pytnn_to_flax(
 
         Its variables are nested dicts by torch's names: the parameters in the collection `params`, the
         buffers that training changes (running statistics) in `batch_stats`, other buffers in `buffers`.
-        `module_class().init(key, x)` returns torch's own values for all of them; the key is not used, and
-        torch does not run. (What `init` computes behind a converted module in a parent starts from zeros of
-        the right shape; `init_with_output` runs torch.) `params` is the collection `params` of that. Where
-        `apply` gets no `buffers`, it takes those that the model had at conversion. Statistics are
+        `module_class().init(key, x)` returns torch's own values for all of them; the key is not used. It runs
+        torch once, as it runs every module; inside `jax.jit` XLA drops that call, whose result nobody uses.
+        `params` is the collection `params` of that. Where `apply` gets no `buffers`, it takes those that the
+        model had at conversion. Statistics are
         updated with `train=True, mutable=["batch_stats"]`; dropout draws from `rngs={"dropout": key}`.
 
     Raises:
@@ -164,8 +161,6 @@ class _TorchModule(nn.Module, metaclass=_ConvertedClass):
         can_draw = self.has_rng("dropout") or (self.is_initializing() and self.has_rng(_PARAMS))
         rng = self.make_rng("dropout") if can_draw else None
         _note_submodules(self)
-        if self.is_initializing() and _output_is_dropped():
-            return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(call, rng)[0])
         out, new_state = call(rng)
         if not self.is_initializing():
             self._store(state, new_state, places)
@@ -252,21 +247,3 @@ def _copied(tree: Any) -> Any:
             "were donated to a jitted function. Copy them before donating, or convert the model again."
         )
     return jax.tree.map(jnp.copy, tree)
-
-
-_INIT = inspect.unwrap(nn.Module.init).__code__
-_INIT_WITH_OUTPUT = inspect.unwrap(nn.Module.init_with_output).__code__
-
-
-def _output_is_dropped() -> bool:
-    """Whether this is `Module.init`, which throws the output away, and not `init_with_output`.
-
-    Linen runs the same code for both; only the stack tells them apart.
-    """
-    frame: FrameType | None = sys._getframe()
-    callers = []
-    while frame is not None:
-        if frame.f_code in (_INIT, _INIT_WITH_OUTPUT):
-            callers.append(frame.f_code)
-        frame = frame.f_back
-    return callers[:2] == [_INIT_WITH_OUTPUT, _INIT]
