@@ -90,7 +90,7 @@ def dtype_j2t(dtype: Any) -> torch.dtype:
     if isinstance(dtype, torch.dtype) and dtype in _TORCH_TO_JAX:
         return dtype
     try:
-        return _JAX_TO_TORCH[jnp.dtype(dtype)]
+        return _JAX_TO_TORCH[jnp.dtype(_not_none(dtype))]
     except (KeyError, TypeError):
         raise DtypeError(
             f"dtype_j2t: expected a dtype that torch has too, got {dtype!r}. "
@@ -98,9 +98,16 @@ def dtype_j2t(dtype: Any) -> torch.dtype:
         ) from None
 
 
+def _not_none(dtype: Any) -> Any:
+    """The same; NumPy takes None for float64."""
+    if dtype is None:
+        raise TypeError("None is no dtype")
+    return dtype
+
+
 def _is_jax_dtype(dtype: Any) -> bool:
     try:
-        return jnp.dtype(dtype) in _JAX_TO_TORCH
+        return jnp.dtype(_not_none(dtype)) in _JAX_TO_TORCH
     except TypeError:
         return False
 

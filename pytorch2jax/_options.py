@@ -141,7 +141,7 @@ def normalised_shapes(call: str, shapes: Any, arrays: Sequence[Any]) -> Any:
     def normalised(leaf: Any) -> Any:
         if not _is_shape(leaf):
             return leaf
-        return jax.ShapeDtypeStruct(tuple(leaf), _floating_dtype(call, arrays))
+        return jax.ShapeDtypeStruct(tuple(map(int, leaf)), _floating_dtype(call, arrays))
 
     return jax.tree.map(normalised, shapes, is_leaf=lambda x: _is_shape(x) or hasattr(x, "shape"))
 
@@ -161,7 +161,11 @@ def _is_shape(value: Any) -> bool:
     if isinstance(value, torch.Size):
         return True
     is_scalar = isinstance(value, tuple) and not value  # a function returns one array at least
-    return is_scalar or (isinstance(value, (tuple, list)) and len(value) > 0 and all(type(n) is int for n in value))
+    return is_scalar or (isinstance(value, (tuple, list)) and len(value) > 0 and all(map(_is_whole, value)))
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def _floating_dtype(call: str, arrays: Sequence[Any]) -> np.dtype:

@@ -175,8 +175,17 @@ def run_on_shards(
         out_specs: the specs of the outputs.
 
     Raises:
-        OptionError: `out_specs` name an axis that is not explicit, or do not divide an output.
+        OptionError: `out_specs` are no specs, name an axis that is not explicit, or do not divide an output.
     """
+    for spec in jax.tree.leaves(out_specs, is_leaf=lambda s: isinstance(s, PartitionSpec)):
+        if not isinstance(spec, PartitionSpec):
+            raise OptionError(
+                f"{call}: out_specs: expected a `jax.sharding.PartitionSpec` for each output, or one for all, got "
+                f"{spec!r}. Along the axis {spec!r} of the mesh it is `PartitionSpec({spec!r})`."
+                if isinstance(spec, str)
+                else f"{call}: out_specs: expected a `jax.sharding.PartitionSpec` for each output, or one for all, got "
+                f"{type(spec).__name__}."
+            )
     treedef: Any
     leaves, treedef = jax.tree.flatten((args, kwargs))
     positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]

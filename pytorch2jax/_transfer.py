@@ -176,8 +176,9 @@ def on_one_device(call: str, path: str, array: jax.Array) -> jax.Array:
         return array.addressable_data(0)
     raise DeviceError(
         f"{call}: {path}: expected an array on one device, or one that is replicated, got one that is spread over "
-        f"{len(array.sharding.device_set)} devices ({array.sharding}). Gather it with `jax.device_put(x, device)`, or "
-        "call the function inside `jax.shard_map`, where each device sees its own part."
+        f"{len(array.sharding.device_set)} devices ({array.sharding}). Gather it with `jax.device_put(x, device)`, say "
+        "with `batch_axes=` along which axes it may be split, or call the function inside `jax.shard_map`, where each "
+        "device sees its own part."
     )
 
 

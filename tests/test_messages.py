@@ -415,3 +415,17 @@ def test_what_a_random_model_asks_for(convert, wanted, unwanted):
 def test_labels_of_other_types(params, rules):
     with pytest.raises(StructureError, match="label_params: (rules|params): expected"):
         label_params(params, rules, "rest")
+
+
+def test_no_dtype_is_no_dtype():
+    for convert in (dtype_j2t, dtype_t2j):
+        with pytest.raises(StructureError, match="got None"):
+            convert(None)
+
+
+def test_specs_and_shapes_of_other_types():
+    specs = convert_pytnn_to_jax(nn.Linear(2, 2).double(), out_specs="data")
+    with pytest.raises(OptionError, match=r"out_specs: expected a .*PartitionSpec\('data'\)"):
+        specs[0](specs[1], jnp.ones((2, 2)))
+    f = torch2jax(lambda x: x[:2], output_shapes=(np.int64(2),))
+    assert f(jnp.ones(3)).shape == (2,)
