@@ -96,8 +96,8 @@ def _abstract_eval(*avals: Any, program: Program) -> tuple[list[ShapedArray], se
         raise DeviceError(
             f"{program.describe()}: expected arrays that are not sharded along explicit axes of a mesh, because XLA "
             "cannot see into a torch function and would have to gather them, got some that are sharded along "
-            f"{', '.join(axes)}. Call it inside `jax.shard_map`, pass `out_specs` to `torch2jax` or to the converter, or "
-            "gather them yourself with `jax.sharding.reshard(x, PartitionSpec())`."
+            f"{', '.join(axes)}. Call it inside `jax.shard_map`, pass `out_specs` to `torch2jax` or to the converter, "
+            "or gather them yourself with `jax.sharding.reshard(x, PartitionSpec())`."
         )
     effects = {DRAWS_FROM_TORCH} if program.draws_from_torch else set()
     return [output_aval(spec.shape, spec.dtype, avals) for spec in program.out_specs], effects
