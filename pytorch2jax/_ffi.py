@@ -92,8 +92,11 @@ def new_number() -> int:
 class _Lease:
     """Keeps a call for the handler to find; held by the executables that use it, among their host callbacks."""
 
-    def __init__(self, call: _native.Call) -> None:
+    def __init__(self, call: _native.Call | None) -> None:
         self._call = call
+
+    def __reduce__(self) -> Any:
+        return _Lease, (None,)  # in a serialised executable; the handler of another process has no such call
 
     def __call__(self, *args: Any) -> None:
         raise NotImplementedError("XLA calls the handler, which looks the function up by its number")
