@@ -30,16 +30,34 @@ python -m pytorch2jax check file.py:factory        # or module:factory
 
 `check` runs a torch module through both engines and every transformation, compares with what torch itself
 gives, measures, prints a report, and returns it as a dataclass (`report.to_json()`, `report.to_markdown()`).
+Neither the model nor the random generators are changed: `check` works on a copy.
+
 The factory of the command returns a model and its example arguments: `model, (x,)`, or `model, (x,), {"mask":
 m}`. `--json` and `--markdown` write the report, to a file if one is named; `--no-timing` leaves the
-measurements out. The exit status is 1 where something differs from torch, 2 where the model cannot be made or
-run.
+measurements out.
 
-A number in the table is the largest difference from torch, relative to the largest value. *ran* means that
-there is nothing to compare with, *refused* that there is an error, whose message follows. Derivatives are those
-of one number that is made of all outputs. *beside torch* is the median of the ratios within a round; the
-gradients of each engine are those of the same number as torch's. *memory* is by how much the process grows in a
-call at most.
+| exit status | |
+|---|---|
+| 0 | nothing differs from torch |
+| 1 | something differs from torch |
+| 2 | the model cannot be made or run |
+| 130 | Ctrl-C; the report has what was found until then (in Python: `report.is_complete`) |
+
+## How to read it
+
+- A number in the table is the largest difference from torch, relative to the largest value.
+- *ran, not compared*: torch has no values to compare with, and a line below says why. A model that draws random numbers
+  is compared with the first engine, because torch is then seeded alike. The second engine draws from JAX's key: its
+  shapes and dtypes are compared with torch's, and two calls with one key with each other.
+- *refused*: an error, whose message follows. *not applicable*: there is no such thing for this model or engine, or
+  torch itself fails there.
+- Derivatives are those of one number that is made of all floating and complex outputs. Second order is forward over
+  reverse mode, or reverse over reverse for gradients that somebody has written by hand; torch's is double backward.
+- *beside torch* is the median of the ratios within a round. The gradients of each engine are those of the same number
+  as torch's.
+- *memory* is by how much the process grows in a call at most, in pages of 4 kB; only Linux tells, and only on the CPU.
+- *copied* is what a call copies between the frameworks.
+- *rough figures*: the machine was busy (more processes than cores before the start, or times that scatter).
 
 The reports on five models, on two cores of a CPU:
 """
@@ -77,9 +95,6 @@ class Hooked(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x @ self.weight
-
-    def __deepcopy__(self, memo: object) -> Hooked:
-        return Hooked()  # torch's own leaves hooks out of copies
 
 
 def _models() -> dict[str, tuple[nn.Module, tuple[torch.Tensor, ...]]]:
