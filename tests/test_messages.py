@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gzip
 import inspect
+import os
+import pathlib
 import pickle
 import re
 import subprocess
@@ -36,6 +38,8 @@ from pytorch2jax import (
     label_params,
     torch2jax,
 )
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 class Scorer(nn.Module):
@@ -210,7 +214,7 @@ def test_types_of_a_users_program(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     run = subprocess.run(
         [sys.executable, "-m", "mypy", "--follow-imports=silent", "--ignore-missing-imports", "program.py"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
+        cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ, "MYPYPATH": str(ROOT)},
     )  # fmt: skip
     found = [line.split(":")[1] for line in run.stdout.splitlines() if "error" in line and line.startswith("program")]
     wrong = [

@@ -446,3 +446,10 @@ def test_what_depends_on_values_is_refused(case):
     _, jax_fn, inputs = case.build("xla")
     with pytest.raises(CaptureError, match=r"cases.py:\d+ .*backend=\"torch\""):
         jax.jit(scalar(jax_fn))(*arrays(inputs))
+
+
+@pytest.mark.parametrize("draw", [lambda: float(np.random.rand()), lambda: __import__("random").random()])
+def test_random_numbers_of_python_and_numpy_are_not_frozen(draw):
+    f = torch2jax(lambda x: x + draw())
+    with pytest.raises(CaptureError, match="Python's or NumPy's global generator.*Draw them with torch"):
+        f(jnp.ones(2), rng=jax.random.key(0))

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from pytorch2jax._bound import BoundFunction
-from pytorch2jax._errors import BridgedWarning, UnsupportedTransformError
+from pytorch2jax._errors import BridgedWarning, CaptureError, UnsupportedTransformError
 from pytorch2jax.xla._bridged import Bridged
 from pytorch2jax.xla._capture import capture
 from pytorch2jax.xla._graph import Graph
@@ -39,6 +39,12 @@ def graph_of(program: BoundFunction) -> Graph:
     if program.at_sizes is not None:
         symbols, tried, programs = program.at_sizes
         return Unifier(program.name, symbols, tried).graph([graph_of(p) for p in programs])
+    if program.inferred.host_random:
+        raise CaptureError(
+            f"{program.name}: expected random numbers of torch's, which become JAX's by the key of a call, got some of "
+            "Python's or NumPy's global generator, which would be the same in all calls. Draw them with torch, or use "
+            'backend="torch", which seeds those generators by the key, too.'
+        )
     with program.session():
         active = program.inferred.needs_grad is not False or program.inferred.asks
         keeps = program.inferred.keeps
