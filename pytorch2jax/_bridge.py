@@ -121,11 +121,7 @@ class _HostCall:
 
     def on_addresses(self, tensors: list[torch.Tensor], outputs: Sequence[int]) -> None:
         """Run, on what the extension gives."""
-        buffers = HostBuffers(outputs, self._outputs)
-        if self._uses_team:
-            on_one_team(functools.partial(self.run, tensors, buffers))
-        else:
-            self.run(tensors, buffers)
+        self._run_on_team(tensors, HostBuffers(outputs, self._outputs))
 
     def on_buffers(self, context: ExecutionContext, results: Sequence[Any], *arguments: Any) -> None:
         """Run, on what `jax.experimental.buffer_callback` gives."""
@@ -134,6 +130,10 @@ class _HostCall:
                 return self.on_buffers(context, results, *arguments)
         tensors = [tensor_from_capsule(a.__dlpack__()) for a in arguments]
         buffers = Buffers({i: tensor_from_capsule(r.__dlpack__()) for i, r in enumerate(results)})
+        self._run_on_team(tensors, buffers)
+
+    def _run_on_team(self, tensors: list[torch.Tensor], buffers: Buffers) -> None:
+        """Run, and a large program where torch has its one team of threads."""
         if self._uses_team:
             on_one_team(functools.partial(self.run, tensors, buffers))
         else:

@@ -27,7 +27,8 @@ from pytorch2jax._check._rows import (
 )
 from pytorch2jax._check._show import progress, show
 from pytorch2jax._check._subject import Subject
-from pytorch2jax._errors import BridgedWarning, ConversionError, LoopWarning, Pytorch2JaxError
+from pytorch2jax._errors import BridgedWarning, LoopWarning, Pytorch2JaxError
+from pytorch2jax._params import check_module
 
 _ENGINES = ("torch", "xla")
 
@@ -70,8 +71,7 @@ def check(model: nn.Module, /, *args: Any, timing: bool = True, **kwargs: Any) -
 
 def checked(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, timing: bool) -> Report:
     """The same for a `forward` whose arguments may have any name."""
-    if not isinstance(model, nn.Module):
-        raise ConversionError(f"check: expected a torch.nn.Module, got {type(model).__name__}.")
+    check_module("check", model)
     report, load = Report(type(model).__name__), _machine.load_average()
     try:
         with _steps(report) as step, _machine.generators_put_back():

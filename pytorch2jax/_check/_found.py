@@ -84,7 +84,7 @@ def find_out(found: Found, subject: Subject) -> None:
     if random := [mode for mode, known in inferred.items() if known.random]:
         notes.append(f"draws random numbers in {' and '.join(random)} mode: pass keys (`rng=`)")
     if any(known.host_random for known in inferred.values()):
-        notes.append("draws numbers of NumPy's or Python's, which `backend=\"xla\"` draws once, and not for each key")
+        notes.append("draws numbers of NumPy's or Python's, which `backend=\"xla\"` refuses")
     if not evaluated.certain:
         notes.append("reads values: under `jax.jit` it is tried on made-up ones; pass `example_args=` for others")
     if evaluated.hand_written:
